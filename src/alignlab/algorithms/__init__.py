@@ -1,0 +1,74 @@
+"""The methods, one short file each: a frozen, typed object whose fields are its hyperparameters and the recipe's keys.
+
+An algorithm says which models it needs, how a phase's data comes to be, what one microbatch costs, and how it reacts to
+what happened. It never touches an optimiser, a log or a file; the loop in `train.py` does, and knows no method's name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, ClassVar, Protocol
+
+from pydantic import BaseModel, ConfigDict
+from torch import Tensor
+
+from alignlab.forward import Scores
+from alignlab.models import Model, ScalarModel
+from alignlab.rollout import Source
+from alignlab.types import Batch, Directive, LoopState, LossOutput, Phase, Role
+
+Models = Mapping[str, Any]
+"""Role -> its model: `policy`, `reference`, `reward_model`, `value_model`."""
+
+
+class Hyperparameters(BaseModel):
+    """Closed and frozen: an unknown key is an error, and nothing changes a method's numbers after it was read."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True)
+
+
+class Algorithm(Protocol):
+    """How a method gets its data, what it minimises, and how it reacts."""
+
+    metrics_file: ClassVar[str | None]
+    """A second log the method's metrics also go to, by a name its users look for."""
+    dropout: ClassVar[bool]
+    """Whether dropout stays on in training; never where logprobs are compared with each other."""
+    data_kind: ClassVar[str]
+    """What it learns from: `examples`, `pairs` or `prompts`."""
+
+    def models(self) -> Mapping[str, Role]:
+        """The roles it needs, each trained or frozen."""
+        ...
+
+    def collect(self, models: Models, source: Source, state: LoopState) -> tuple[Phase, LoopState]:
+        """The optimiser steps of one phase; whatever spans a whole step without gradient is computed here."""
+        ...
+
+    def loss(self, models: Models, batch: Batch, state: LoopState) -> LossOutput:
+        """The summed terms of one microbatch; the loop divides by the step's normaliser."""
+        ...
+
+    def observe(self, state: LoopState, metrics: Mapping[str, float]) -> tuple[LoopState, Directive]:
+        """Pure reaction to an optimiser step: go on, end the phase, stop, or change a learning rate."""
+        ...
+
+
+def masked_sum(values: Tensor, batch: Batch) -> tuple[float, float]:
+    """(sum over completion tokens, number of completion tokens), as a metric's contribution."""
+    from alignlab.functional.masked import aggregate
+
+    return aggregate(values.detach(), batch.completion_mask).item(), float(batch.completion_mask.sum().item())
+
+
+def completion_tokens(batches: tuple[Batch, ...]) -> float:
+    """Completion tokens of all microbatches of a step: the normaliser of a token mean."""
+    return float(sum(int(b.completion_mask.sum()) for b in batches))
+
+
+def completion_rows(batches: tuple[Batch, ...]) -> float:
+    """Rows of all microbatches of a step."""
+    return float(sum(len(b) for b in batches))
+
+
+__all__ = ["Algorithm", "Hyperparameters", "Model", "Models", "ScalarModel", "Scores", "completion_rows", "completion_tokens", "masked_sum"]

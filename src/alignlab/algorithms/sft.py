@@ -1,0 +1,51 @@
+"""Supervised fine-tuning: demonstrations -> negative log-likelihood of their completions -> one step a phase.
+
+L = -1/N sum_t log pi(y_t | x, y_<t) over the N completion tokens of the whole optimiser step, the stop token included;
+prompt tokens are not trained. The sign makes likelier demonstrations a lower loss.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import ClassVar, Literal
+
+from pydantic import Field
+
+from alignlab.algorithms import Hyperparameters, Models, completion_tokens, masked_sum
+from alignlab.forward import score
+from alignlab.functional.masked import aggregate
+from alignlab.rollout import Source
+from alignlab.types import Batch, Directive, LoopState, LossOutput, Phase, Role, Step
+
+
+class SFT(Hyperparameters):
+    """Supervised fine-tuning on demonstrations."""
+
+    metrics_file: ClassVar[str | None] = None
+    dropout: ClassVar[bool] = True
+    data_kind: ClassVar[str] = "examples"
+
+    name: Literal["sft"] = "sft"
+    learning_rate: float = Field(5e-5, gt=0)
+    """Peak learning rate of AdamW (document 000: 5e-5 for full fine-tuning; about ten times that for LoRA)."""
+    max_grad_norm: float = Field(1.0, gt=0)
+    """Gradient norm above which gradients are scaled down."""
+    examples_per_step: int = Field(32, ge=1)
+    """Demonstrations an optimiser step, whatever the microbatch."""
+
+    def models(self) -> Mapping[str, Role]:
+        return {"policy": Role(learning_rate=self.learning_rate, max_grad_norm=self.max_grad_norm)}
+
+    def collect(self, models: Models, source: Source, state: LoopState) -> tuple[Phase, LoopState]:
+        batches = source.example_batches(self.examples_per_step, state)
+        return Phase((Step(batches, completion_tokens(batches)),)), state
+
+    def loss(self, models: Models, batch: Batch, state: LoopState) -> LossOutput:
+        nll = -score(models["policy"], batch).logprobs
+        return LossOutput(aggregate(nll, batch.completion_mask), {"policy/nll": masked_sum(nll, batch)})
+
+    def observe(self, state: LoopState, metrics: Mapping[str, float]) -> tuple[LoopState, Directive]:
+        return state, Directive()
+
+
+ALGORITHM = SFT

@@ -1,0 +1,214 @@
+"""Held-out evaluation: a policy and graded prompts -> completions -> per-prompt scores and metrics.
+
+Scores come from the tasks' graders, not from the reward. Decoding is seeded by the prompt, the same for every model that is
+compared, so that models differ and dice do not.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+
+from alignlab.conversation import Template
+from alignlab.data import collate, plan_microbatches
+from alignlab.forward import rewards, score
+from alignlab.generate import Sampling
+from alignlab.models import Model, ScalarModel
+from alignlab.rollout import Source, sample_prompts
+from alignlab.statistics.inference import prompt_interval, wilson_interval
+from alignlab.tasks import get_task
+from alignlab.types import Completion, Prompt, Row
+
+EVALUATION_SEED = 20_250
+"""Decoding seed of every evaluation; training never uses it as its phase stays below EVALUATION_PHASE."""
+EVALUATION_PHASE = 1_000_000_000
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluation:
+    """What an evaluation found; `scores` is what every reported number is recomputed from."""
+
+    scores: dict[str, float]
+    """Prompt id -> mean score over its samples."""
+    tasks: dict[str, str]
+    """Prompt id -> its task."""
+    metrics: dict[str, float]
+    """Means over all completions (or pairs), by name."""
+    samples: list[dict[str, Any]]
+    """One row a completion: prompt id, text, score, finish reason, grade."""
+    intervals: dict[str, tuple[float, float]]
+    """Metric -> 95 % interval over prompts."""
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "schema": 1,
+            "metrics": self.metrics,
+            "intervals": {k: list(v) for k, v in self.intervals.items()},
+            "scores": self.scores,
+            "tasks": self.tasks,
+        }
+
+
+def evaluate_policy(
+    policy: Model,
+    prompts: Sequence[Prompt],
+    template: Template,
+    sampling: Sampling,
+    *,
+    samples: int = 1,
+    reference: Model | None = None,
+    max_rows: int = 512,
+) -> Evaluation:
+    """Samples every prompt, grades the completions, and measures lengths, variety and the KL to a reference.
+
+    Args:
+        reference: the policy training started from; None leaves the KL out.
+    """
+    prompt_ids = [template.encode_prompt(prompt) for prompt in prompts]
+    sampled = sample_prompts(
+        policy, prompts, prompt_ids, template, sampling, num_samples=samples,
+        seed=EVALUATION_SEED, phase=EVALUATION_PHASE, max_rows=max_rows,
+    )  # fmt: skip
+    rows = []
+    for prompt, completions in zip(prompts, sampled, strict=True):
+        for completion in completions:
+            grade = dict(get_task(prompt.task).grade(prompt, completion)) if prompt.task else {}
+            rows.append((prompt, completion, grade))
+    scores: dict[str, list[float]] = {}
+    details: dict[str, list[float]] = {}
+    for prompt, _, grade in rows:
+        if "score" in grade:
+            scores.setdefault(prompt.id, []).append(grade["score"])
+        for name, value in grade.items():
+            details.setdefault(f"{prompt.task}/{name}", []).append(value)
+    per_prompt = {k: float(np.mean(v)) for k, v in scores.items()}
+    metrics = {name: float(np.mean(values)) for name, values in sorted(details.items())}
+    completions = [c for _, c, _ in rows]
+    if per_prompt:
+        metrics["score"] = task_mean(per_prompt, {p.id: p.task for p in prompts})
+    metrics |= completion_metrics(completions)
+    if reference is not None:
+        metrics |= kl_metrics(reference, prompts, prompt_ids, sampled, template, sampling)
+    return Evaluation(
+        scores=per_prompt,
+        tasks={p.id: p.task for p in prompts},
+        metrics=metrics,
+        samples=[
+            {
+                "prompt_id": p.id, "task": p.task, "text": c.text, "score": g.get("score"),
+                "finish_reason": c.finish_reason, "tokens": len(c.token_ids), "grade": g,
+            }
+            for p, c, g in rows
+        ],  # fmt: skip
+        intervals=_intervals(per_prompt, {p.id: p.task for p in prompts}),
+    )
+
+
+def task_mean(scores: dict[str, float], tasks: dict[str, str]) -> float:
+    """Mean over tasks of each task's mean over prompts; every task counts the same, however many prompts it has."""
+    by_task: dict[str, list[float]] = {}
+    for prompt_id, value in scores.items():
+        by_task.setdefault(tasks[prompt_id], []).append(value)
+    return float(np.mean([np.mean(values) for values in by_task.values()]))
+
+
+def _intervals(scores: dict[str, float], tasks: dict[str, str]) -> dict[str, tuple[float, float]]:
+    """95 % t intervals over prompts, overall and by task (of a single run: they say nothing about training seeds)."""
+    by_task: dict[str, list[float]] = {}
+    for prompt_id, value in scores.items():
+        by_task.setdefault(f"{tasks[prompt_id]}/score", []).append(value)
+    if len({len(v) for v in by_task.values()}) == 1:
+        by_task["score"] = list(scores.values())
+    found = {name: prompt_interval(values) for name, values in by_task.items() if len(values) > 1}
+    return {name: (interval.low, interval.high) for name, interval in found.items()}
+
+
+def completion_metrics(completions: Sequence[Completion]) -> dict[str, float]:
+    """Length in tokens (mean, median, sd), share that stopped by itself, and distinct-2 of the words."""
+    lengths = np.array([len(c.token_ids) for c in completions], dtype=float)
+    pairs = [pair for c in completions for pair in zip(c.text.split(), c.text.split()[1:], strict=False)]
+    return {
+        "completion/length": float(lengths.mean()),
+        "completion/length_median": float(np.median(lengths)),
+        "completion/length_sd": float(lengths.std()),
+        "completion/stop_fraction": float(np.mean([c.finish_reason == "stop" for c in completions])),
+        "completion/distinct_2": len(set(pairs)) / len(pairs) if pairs else math.nan,
+    }
+
+
+@torch.no_grad()
+def kl_metrics(
+    reference: Model,
+    prompts: Sequence[Prompt],
+    prompt_ids: Sequence[Sequence[int]],
+    sampled: Sequence[Sequence[Completion]],
+    template: Template,
+    sampling: Sampling,
+    max_rows: int = 64,
+) -> dict[str, float]:
+    """KL of the policy to the reference on its own samples (k1): nats a completion and nats a token."""
+    flat = [(ids, c) for ids, siblings in zip(prompt_ids, sampled, strict=True) for c in siblings]
+    rows = [Row(prompt_ids=tuple(ids), completion_ids=c.token_ids) for ids, c in flat]
+    device = _device(reference)
+    total, tokens = 0.0, 0
+    for index in plan_microbatches([len(row) for row in rows], max_rows):
+        batch = collate([rows[i] for i in index], pad_id=template.pad_id).to(device)
+        total -= score(reference, batch, temperature=sampling.temperature).logprobs.double().sum().item()
+    for _, completion in flat:
+        total += sum(completion.logprobs)
+        tokens += len(completion.token_ids)
+    return {"policy/kl_per_sequence": total / len(flat), "policy/kl_per_token": total / tokens}
+
+
+def _device(model: Model) -> torch.device:
+    from alignlab.models import unwrap
+
+    return next(unwrap(model).parameters()).device
+
+
+@torch.no_grad()
+def evaluate_reward_model(model: ScalarModel, source: Source, tasks: Sequence[str]) -> Evaluation:
+    """Pairwise accuracy on held-out pairs (ties count one half) with its Wilson interval, overall and by task.
+
+    Args:
+        source: its `pairs` are the held-out ones.
+        tasks: the task of each pair, in order.
+    """
+    won: list[float] = []
+    for pair in source.pairs:
+        (batch,) = source.plan_pairs([pair])
+        chosen, rejected = rewards(model, batch).tolist()
+        won.append(1.0 if chosen > rejected else 0.5 if chosen == rejected else 0.0)
+    metrics, intervals = {}, {}
+    for name in ["", *sorted(set(tasks) - {""})]:
+        here = [w for w, task in zip(won, tasks, strict=True) if not name or task == name]
+        key = f"{name}/accuracy" if name else "preference/accuracy"
+        metrics[key] = float(np.mean(here))
+        intervals[key] = wilson_interval(sum(here), len(here))
+    ids = [f"pair/{i}" for i in range(len(won))]
+    return Evaluation(
+        scores=dict(zip(ids, won, strict=True)),
+        tasks=dict(zip(ids, tasks, strict=True)),
+        metrics=metrics,
+        samples=[],
+        intervals=intervals,
+    )
+
+
+def nll_per_token(policy: Model, rows: Sequence[Row], template: Template, max_rows: int = 64) -> float:
+    """Token-weighted negative log-likelihood of completions, nats a token; exp of it is the perplexity."""
+    total, tokens, device = 0.0, 0, _device(policy)
+    with torch.no_grad():
+        for index in plan_microbatches([len(row) for row in rows], max_rows):
+            batch = collate([rows[i] for i in index], pad_id=template.pad_id).to(device)
+            total -= score(policy, batch).logprobs.double().sum().item()
+            tokens += int(batch.completion_mask.sum())
+    return total / tokens
+
+
+__all__ = ["Evaluation", "completion_metrics", "evaluate_policy", "evaluate_reward_model", "kl_metrics", "nll_per_token", "replace", "task_mean"]

@@ -1,0 +1,129 @@
+"""The one place where a Batch meets a model: (model, Batch) -> (B, T) logprobs, entropies, values, or (B,) scores.
+
+The shift by one happens here and nowhere else: the state at index t - 1 predicts token t, is the state before action t,
+and so gives both the logprob and the value at index t. Only completion positions are scored; elsewhere tensors hold 0.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import cast
+
+import torch
+from torch import Tensor
+
+from alignlab.functional.logprobs import token_logprobs, token_logprobs_and_entropy
+from alignlab.models import Model, ScalarModel, active, unwrap
+from alignlab.types import Batch
+
+
+@dataclass(frozen=True, slots=True)
+class Scores:
+    """Logprobs of the taken tokens and, where asked for, the entropy of the distribution they were drawn from."""
+
+    logprobs: Tensor  # (B, T) nats
+    entropy: Tensor | None = None  # (B, T) nats
+
+
+@dataclass(frozen=True, slots=True)
+class Head:
+    """The output head of a causal LM: logits = hidden @ weight.T, then an optional soft-cap."""
+
+    weight: Tensor  # (V, H)
+    softcap: float | None
+
+
+def head(model: Model) -> Head:
+    """The head of a policy.
+
+    Raises:
+        TypeError: an architecture whose head does more than a matrix product and a soft-cap (bias, logit scaling).
+    """
+    inner = unwrap(model)
+    layer, config = inner.get_output_embeddings(), inner.config.get_text_config()
+    scaled = [k for k in ("logit_scale", "logits_scaling", "lm_head_multiplier") if getattr(config, k, 1.0) not in (None, 1.0)]
+    if scaled or getattr(layer, "bias", None) is not None:
+        raise TypeError(f"{type(inner).__name__} has a head this version does not score ({', '.join(scaled) or 'bias'})")
+    return Head(cast(Tensor, layer.weight), getattr(config, "final_logit_softcapping", None))
+
+
+def positions(attention_mask: Tensor) -> Tensor:
+    """(B, T) mask -> (B, T) position ids that count attended tokens from 0; padding on either side changes nothing."""
+    return (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
+
+
+def trunk_states(model: Model, batch: Batch) -> Tensor:
+    """The trunk's last hidden states, (B, T, H), after its final norm."""
+    mask = None if bool(batch.attention_mask.all()) else batch.attention_mask
+    with active(model):
+        decoder = unwrap(model).get_decoder()
+        output = decoder(
+            input_ids=batch.input_ids, attention_mask=mask, position_ids=positions(batch.attention_mask), use_cache=False
+        )
+    return cast(Tensor, output.last_hidden_state)
+
+
+def score(model: Model, batch: Batch, *, temperature: float = 1.0, entropy: bool = False) -> Scores:
+    """Logprobs (and entropies) of the completion tokens at the given temperature; (B, T) each, 0 elsewhere."""
+    return _score(model, trunk_states(model, batch), batch, temperature, entropy)
+
+
+def values(value_model: ScalarModel, batch: Batch) -> Tensor:
+    """V of the state before each completion token, (B, T), 0 elsewhere."""
+    return _values(value_model, trunk_states(value_model, batch), batch)
+
+
+def score_and_values(
+    policy: Model, value_model: ScalarModel, batch: Batch, *, temperature: float = 1.0, entropy: bool = False
+) -> tuple[Scores, Tensor]:
+    """Both at once; one pass through the trunk where critic and policy share it."""
+    states = trunk_states(policy, batch)
+    shared = value_model.backbone is policy
+    value_states = states if shared else trunk_states(value_model, batch)
+    return _score(policy, states, batch, temperature, entropy), _values(value_model, value_states, batch)
+
+
+def final_values(value_model: ScalarModel, batch: Batch) -> Tensor:
+    """V of the state after the last attended token, (B,): what a cut-off completion is bootstrapped with."""
+    return _at_last(value_model, batch)
+
+
+def rewards(reward_model: ScalarModel, batch: Batch) -> Tensor:
+    """Normalised scores, (B,), read at the last attended token by the attention mask, never by a pad id."""
+    return (_at_last(reward_model, batch) - reward_model.shift) / reward_model.scale
+
+
+def _at_last(model: ScalarModel, batch: Batch) -> Tensor:
+    columns = torch.arange(batch.attention_mask.shape[1], device=batch.attention_mask.device)
+    last = (batch.attention_mask * columns).argmax(-1)
+    states = trunk_states(model, batch)
+    return cast(Tensor, model(states[torch.arange(len(batch), device=states.device), last]))
+
+
+def _scored(batch: Batch) -> tuple[Tensor, Tensor]:
+    """Row and column indices of the scored tokens; index 0 has no predecessor and keeps logprob 0."""
+    rows, columns = batch.completion_mask.nonzero(as_tuple=True)
+    keep = columns > 0
+    return rows[keep], columns[keep]
+
+
+def _score(model: Model, states: Tensor, batch: Batch, temperature: float, entropy: bool) -> Scores:
+    rows, columns = _scored(batch)
+    hidden, token_ids, top = states[rows, columns - 1], batch.input_ids[rows, columns], head(model)
+    if not entropy:
+        flat = token_logprobs(hidden, top.weight, token_ids, temperature=temperature, logit_softcap=top.softcap)
+        return Scores(_scatter(flat, rows, columns, batch))
+    flat, flat_entropy = token_logprobs_and_entropy(
+        hidden, top.weight, token_ids, temperature=temperature, logit_softcap=top.softcap
+    )
+    return Scores(_scatter(flat, rows, columns, batch), _scatter(flat_entropy, rows, columns, batch))
+
+
+def _values(model: ScalarModel, states: Tensor, batch: Batch) -> Tensor:
+    rows, columns = _scored(batch)
+    return _scatter(model(states[rows, columns - 1]), rows, columns, batch)
+
+
+def _scatter(flat: Tensor, rows: Tensor, columns: Tensor, batch: Batch) -> Tensor:
+    """(N,) values -> (B, T), 0 where nothing was scored."""
+    return flat.new_zeros(batch.input_ids.shape).index_put((rows, columns), flat)

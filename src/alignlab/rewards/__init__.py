@@ -1,0 +1,15 @@
+"""Rewards, one file each: plain functions that judge completions and know no task.
+
+(prompts, completions) -> one finite float each, or None where the reward does not apply to that prompt.
+
+The function is named as its file, so `rewards/exact.py` holds `exact`; it may take keyword options.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from alignlab.types import Completion, Prompt
+
+RewardFunction = Callable[[Sequence[Prompt], Sequence[Completion]], list[float | None]]
+"""What a reward is once its options are bound."""

@@ -1,0 +1,161 @@
+"""One node of a study in a process of its own: shared stage, baseline or cell -> its run folder and a test evaluation."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import traceback
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from alignlab.conversation import Template
+from alignlab.errors import UserError
+from alignlab.evaluation import Evaluation, evaluate_policy
+from alignlab.generate import Sampling
+from alignlab.models import frozen_policy, hush_progress_bars, load_generation_config, load_tokenizer, pick_device
+from alignlab.pipeline import Session, StageResult, cached_stage, model_choice, run_stage, validation_prompts
+from alignlab.recipe import Recipe, Stage, load_recipe
+from alignlab.rollout import Limits
+from alignlab.study.plan import Node, Study, arm_recipe, nodes
+from alignlab.tracking import HISTORY, read_jsonl, write_json
+from alignlab.train import RunError
+
+CURVES = {
+    "score": "evaluation/score",
+    "policy/kl_per_sequence": "evaluation/policy/kl_per_sequence",
+    "completion/length": "evaluation/completion/length",
+    "reward/mean": "reward/mean",
+}
+"""Learning curve of the report -> metric of the log."""
+
+
+def run_node(study: Study, node: Node, folder: Path, *, debug: bool = False) -> None:
+    """Runs a node and writes `cells/NAME.json`; a node that is finished only finds that out again."""
+    session = Session(device=pick_device(), cache=folder / "shared", debug=debug, quiet=True)
+    start_recipe = load_recipe(Path(study.start), debug=debug)
+    if node.kind == "start":
+        evaluation = _test(study, start_recipe.stages[0], start_recipe.stages[0].model.name, session, None)
+        _write(folder, node, evaluation, {}, {}, start_recipe)
+        return
+    start = cached_stage(Path(study.start), "policy", session)
+    if node.kind == "sft":
+        evaluation = _test(study, start_recipe.stages[-1], str(start.model), session, start)
+        _write(folder, node, evaluation, start.ledger, {"key": start.key}, start_recipe)
+        return
+    assert study.reward_model
+    if node.kind == "reward_model":
+        trained = cached_stage(Path(study.reward_model), "reward_model", session)
+        found = json.loads((trained.folder / "evaluation.json").read_text("utf-8"))
+        record = {"key": trained.key, "metrics": found.get("metrics", {}), "intervals": found.get("intervals", {})}
+        write_json(_path(folder, node), {"node": node.name, **record, "ledger": trained.ledger})
+        return
+    _cell(study, node, folder, session, start, debug)
+
+
+def _cell(study: Study, node: Node, folder: Path, session: Session, start: StageResult, debug: bool) -> None:
+    assert node.seed is not None
+    recipe = arm_recipe(study, node.arm, node.seed, debug=debug)
+    run = folder / "cells" / node.name
+    results: list[StageResult] = []
+    for stage in recipe.stages:
+        inside = run if len(recipe.stages) == 1 else run / stage.name
+        if stage.start is None and results:
+            stage = stage.model_copy(update={"start": str(results[-1].folder)})
+        results.append(run_stage(stage, node.seed, inside, session, resume=True))
+    last = results[-1]
+    provenance = json.loads((results[0].folder / "provenance.json").read_text("utf-8"))
+    if provenance["start"] != start.key:
+        raise UserError(f"{run}: started from {provenance['start'][:12]}, not from the shared policy {start.key[:12]}")
+    evaluation = _test(study, recipe.stages[-1], str(last.model), session, start)
+    ledger = {k: sum(r.ledger.get(k, 0.0) for r in results) for k in last.ledger}
+    ledger["peak_memory_bytes"] = max(r.ledger["peak_memory_bytes"] for r in results)
+    shared = {"key": last.key, "start": provenance["start"], "reward_model": provenance["reward_model"]}
+    _write(folder, node, evaluation, ledger, shared, recipe, curves(last.folder))
+
+
+def _test(study: Study, stage: Stage, model: str, session: Session, start: StageResult | None) -> Evaluation:
+    """The study's held-out evaluation of a model, with the KL to the shared starting policy."""
+    settings = study.evaluation
+    count = 2 if session.debug else settings.prompts_per_task
+    samples = 1 if session.debug else settings.samples
+    tokenizer = load_tokenizer(model)
+    template = Template.of(tokenizer, load_generation_config(model))
+    limits = Limits(max_prompt_tokens=stage.data.max_prompt_tokens, max_completion_tokens=stage.data.max_completion_tokens)
+    data = stage.data.model_copy(update={"task": study.tasks})
+    prompts = validation_prompts(stage.model_copy(update={"data": data}), count, template, limits, settings.split)
+    policy = frozen_policy(model_choice(stage.model, model), session.device)
+    reference = None
+    if start is not None and str(start.model) != model:
+        reference = frozen_policy(model_choice(stage.model, str(start.model)), session.device)
+    sampling = Sampling(temperature=settings.temperature, max_completion_tokens=limits.max_completion_tokens)
+    return evaluate_policy(policy, prompts, template, sampling, samples=samples, reference=reference)
+
+
+def curves(run: Path) -> dict[str, list[list[float]]]:
+    """[[finished phases, value], ...] of every learning curve in a run's log."""
+    found: dict[str, list[list[float]]] = {name: [] for name in CURVES}
+    for row in read_jsonl(run / HISTORY):
+        for name, metric in CURVES.items():
+            if row.get(metric) is not None:
+                phase = row["phases_done"] if "phases_done" in row else row["phase"] + 1
+                found[name].append([phase, row[metric]])
+    return found
+
+
+def _path(folder: Path, node: Node) -> Path:
+    return folder / "cells" / f"{node.name}.json"
+
+
+def _write(
+    folder: Path,
+    node: Node,
+    evaluation: Evaluation,
+    ledger: dict[str, float],
+    shared: dict[str, Any],
+    recipe: Recipe,
+    learning: dict[str, list[list[float]]] | None = None,
+) -> None:
+    write_json(
+        _path(folder, node),
+        {
+            "node": node.name,
+            "seed": node.seed,
+            "status": "finished",
+            **shared,
+            "scores": evaluation.scores,
+            "tasks": evaluation.tasks,
+            "metrics": evaluation.metrics,
+            "intervals": evaluation.intervals,
+            "samples": evaluation.samples,
+            "ledger": ledger,
+            "curves": learning or {},
+            "recipe": recipe.model_dump(mode="json", serialize_as_any=True),
+        },
+    )
+
+
+def main(arguments: list[str]) -> int:
+    """`python -m alignlab.study.cell FOLDER NODE [--debug]`: 0 finished, 1 failed (one line on stderr, trace in a file)."""
+    folder, name = Path(arguments[0]), arguments[1]
+    hush_progress_bars()
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
+    study = Study.model_validate(json.loads((folder / "study.json").read_text("utf-8")))
+    node = next(n for n in nodes(study) if n.name == name)
+    try:
+        run_node(study, node, folder, debug="--debug" in arguments)
+    except (UserError, RunError) as error:
+        print(error, file=sys.stderr)
+        return 1
+    except Exception as error:
+        log = folder / "cells" / f"{name}.traceback.txt"
+        log.write_text(traceback.format_exc(), "utf-8")
+        print(f"{type(error).__name__}: {error} (see {log})", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

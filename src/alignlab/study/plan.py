@@ -1,0 +1,155 @@
+"""The plan of a study, declared before it runs: YAML -> arms x seeds from the same start -> nodes with what they wait for."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field, field_validator, model_validator
+
+from alignlab.errors import UserError
+from alignlab.recipe import Names, Recipe, Section, _beside, apply_overrides, load_recipe, read_mapping, validate
+
+
+class StudyEvaluation(Section):
+    """The held-out prompts every arm answers; decoding dice are the same for all."""
+
+    split: Literal["test", "validation"] = "test"
+    """Which split; tuning uses validation, the study test."""
+    prompts_per_task: int = Field(60, ge=2)
+    """Prompts of each task; equal numbers, so the mean over prompts is the mean over tasks."""
+    samples: int = Field(4, ge=1)
+    """Completions a prompt."""
+    temperature: float = Field(1.0, gt=0)
+    """Sampling temperature."""
+
+
+class Arm(Section):
+    """One method of the comparison."""
+
+    recipe: str
+    """Its recipe file; all arms must start from the study's shared policy."""
+    label: str = ""
+    """How the report calls it."""
+    behaviours: Names = ()
+    """Tasks its training signal is about, where these are not all."""
+    set: tuple[str, ...] = ()
+    """Overrides of the recipe, key=value."""
+
+
+class Study(Section):
+    """Several methods x several seeds from the same start, under one plan."""
+
+    name: str
+    title: str | None = None
+    seeds: tuple[int, ...] = Field((42, 123, 777), min_length=1)
+    """Training seeds, the same for every arm, so that arms are paired by seed and prompt."""
+    start: str
+    """Recipe of the shared starting policy (SFT)."""
+    reward_model: str | None = None
+    """Recipe of the shared reward model."""
+    arms: dict[str, Arm] = Field(min_length=1)
+    tasks: Names = ()
+    """Tasks of the evaluation; default: those of the first arm's recipe."""
+    primary: Literal["score"] = "score"
+    """The metric the verdicts are about: mean over tasks of the graded score in [0, 1]."""
+    equivalence_margin: float | None = Field(None, gt=0, lt=1)
+    """Differences this small do not matter (a score); lets a verdict say `equivalent`. null = never said."""
+    evaluation: StudyEvaluation = StudyEvaluation()
+    workers: int = Field(2, ge=1)
+    """Cells run at a time, each with its share of the cores."""
+    budget_note: str = ""
+    """What the arms are matched on, in words."""
+    tuning_note: str = ""
+    """How each arm's hyperparameters were found, in words."""
+
+    @field_validator("arms", mode="before")
+    @classmethod
+    def _recipes_by_name(cls, value: object) -> object:
+        if not isinstance(value, Mapping):
+            return value
+        return {k: {"recipe": v} if isinstance(v, str) else v for k, v in value.items()}
+
+    @model_validator(mode="after")
+    def _distinct(self) -> Study:
+        if len(set(self.seeds)) != len(self.seeds):
+            raise ValueError("seeds: the same seed twice is the same run twice")
+        taken = sorted({"start", "sft"} & self.arms.keys())
+        if taken:
+            raise ValueError(f"arms: {', '.join(taken)} is the name of a baseline; call the arm something else")
+        return self
+
+
+@dataclass(frozen=True)
+class Node:
+    """One process of a study: a shared stage, a baseline's evaluation, or a cell."""
+
+    name: str
+    kind: Literal["start", "sft", "reward_model", "cell"]
+    arm: str = ""
+    seed: int | None = None
+    needs: tuple[str, ...] = ()
+
+
+def load_study(path: Path, overrides: tuple[str, ...] = ()) -> Study:
+    """Reads and checks a plan; recipes in it are relative to it.
+
+    Raises:
+        UserError: with everything that is wrong, one line each.
+    """
+    raw = apply_overrides(read_mapping(path), overrides)
+    raw.setdefault("name", path.stem)
+    study = validate(Study, raw, str(path))
+    arms = {k: arm.model_copy(update={"recipe": _beside(arm.recipe, path)}) for k, arm in study.arms.items()}
+    reward_model = _beside(study.reward_model, path) if study.reward_model else None
+    resolved = {"arms": arms, "start": _beside(study.start, path), "reward_model": reward_model}
+    study = study.model_copy(update=resolved)
+    if not study.tasks:
+        first = arm_recipe(study, next(iter(arms)), study.seeds[0])
+        study = study.model_copy(update={"tasks": first.stages[-1].data.task})
+    if not study.tasks:
+        raise UserError(f"{path}: tasks: no task to evaluate on; name some")
+    for name in arms:
+        _check_shared(study, name, path)
+    return study
+
+
+def arm_recipe(study: Study, arm: str, seed: int, debug: bool = False) -> Recipe:
+    """The recipe of a cell."""
+    entry = study.arms[arm]
+    return load_recipe(Path(entry.recipe), [*entry.set, f"seed={seed}"], debug=debug)
+
+
+def _check_shared(study: Study, arm: str, path: Path) -> None:
+    """Every arm starts from the study's policy and uses the study's reward model, or the comparison is not controlled."""
+    first = arm_recipe(study, arm, study.seeds[0]).stages[0]
+    if first.start != study.start:
+        raise UserError(f"{path}: arm {arm} starts from {first.start}, not from the shared {study.start}")
+    if first.reward_model not in (None, study.reward_model):
+        raise UserError(f"{path}: arm {arm} uses {first.reward_model}, not the shared {study.reward_model}")
+
+
+def nodes(study: Study) -> list[Node]:
+    """Everything that has to run, in an order that respects what each waits for."""
+    found = [Node("start", "start"), Node("sft", "sft")]
+    if study.reward_model:
+        found.append(Node("reward_model", "reward_model", needs=("sft",)))
+    uses_reward = {a: arm_recipe(study, a, study.seeds[0]).stages[0].reward_model is not None for a in study.arms}
+    for seed in study.seeds:
+        for arm in study.arms:
+            needs = ("sft", "reward_model") if uses_reward[arm] else ("sft",)
+            found.append(Node(f"{arm}-{seed}", "cell", arm, seed, needs))
+    return found
+
+
+def plan_hash(study: Study) -> str:
+    """Identity of a plan and of the recipes in it; how many workers run it does not matter."""
+    recipes = {
+        arm: arm_recipe(study, arm, study.seeds[0]).model_dump(mode="json", serialize_as_any=True) for arm in study.arms
+    }
+    parts: dict[str, Any] = {"study": study.model_dump(mode="json", exclude={"workers"}), "recipes": recipes}
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()

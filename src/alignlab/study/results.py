@@ -1,0 +1,271 @@
+"""From finished cells to what a study says: cells/*.json -> comparisons with intervals -> results.json.
+
+Every number is recomputed from per-prompt scores: D[s, p] = score of an arm minus score of what it is compared with, seed s,
+prompt p; intervals by the crossed seed x prompt method.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+from collections.abc import Iterable, Mapping, Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+import alignlab
+from alignlab import registry
+from alignlab.recipe import load_recipe
+from alignlab.statistics.effects import effect
+from alignlab.statistics.inference import (
+    EQUIVALENCE_CONFIDENCE,
+    crossed_interval,
+    prompt_interval,
+    seeds_all_above,
+    verdict,
+)
+from alignlab.study.plan import Study, arm_recipe
+
+LABELS = {"start": "untrained model", "sft": "SFT", "dpo": "DPO", "ppo": "PPO", "grpo": "GRPO"}
+SAMPLE_PROMPTS = 8
+"""Prompts of each task whose completions the report shows."""
+
+
+def collect_results(study: Study, folder: Path, failed: Mapping[str, str], wall_seconds: float) -> dict[str, Any]:
+    """Reads the cells of a study and computes everything its report says."""
+    arms = [
+        {"name": name, "label": _label(study, name), "kind": "baseline", "runs": [_run(folder, name, None, failed)]}
+        for name in ("start", "sft")
+    ]
+    for name in study.arms:
+        runs = [_run(folder, f"{name}-{seed}", seed, failed) for seed in study.seeds]
+        arms.append({"name": name, "label": _label(study, name), "kind": "arm", "runs": runs})
+    prompts = _prompts(study)
+    samples = _samples(study, arms, folder, prompts)
+    reward_model = _read(folder / "cells" / "reward_model.json")
+    sft = _read(folder / "cells" / "sft.json")
+    return {
+        "schema": 1,
+        "alignlab_version": alignlab.__version__,
+        "name": study.name,
+        "title": study.title,
+        "plan": _plan(study, arms),
+        "environment": {
+            "cores": os.cpu_count(),
+            "workers": study.workers,
+            "platform": platform.platform(),
+            "versions": {p: metadata.version(p) for p in ("torch", "transformers", "peft", "numpy", "scipy")},
+            "wall_seconds": wall_seconds,
+        },
+        "shared": {
+            "sft": {"hash": sft.get("key"), "ledger": sft.get("ledger", {})},
+            **({"reward_model": {"hash": reward_model.get("key"), "ledger": reward_model.get("ledger", {}),
+                                 "metrics": reward_model.get("metrics", {}),
+                                 "intervals": reward_model.get("intervals", {})}} if study.reward_model else {}),
+        },
+        "arms": arms,
+        "comparisons": comparisons(study, arms),
+        "samples": samples,
+        "notes": [f"{name}: {error}" for name, error in failed.items()],
+    }  # fmt: skip
+
+
+def _label(study: Study, name: str) -> str:
+    given = study.arms[name].label if name in study.arms else ""
+    return given or LABELS.get(name, name)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    return dict(json.loads(path.read_text("utf-8"))) if path.is_file() else {}
+
+
+def _run(folder: Path, node: str, seed: int | None, failed: Mapping[str, str]) -> dict[str, Any]:
+    found = _read(folder / "cells" / f"{node}.json")
+    if not found:
+        return {"seed": seed, "status": "failed", "error": failed.get(node, "not run"), "folder": f"cells/{node}"}
+    return {
+        "seed": seed,
+        "status": "finished",
+        "error": None,
+        "folder": f"cells/{node}",
+        "hashes": {k: found.get(k) for k in ("key", "start", "reward_model") if found.get(k)},
+        "scores": {"score": found["scores"]},
+        "tasks": found["tasks"],
+        "metrics": found["metrics"],
+        "intervals": found["intervals"],
+        "ledger": found["ledger"],
+        "curves": found["curves"],
+    }
+
+
+def _plan(study: Study, arms: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    start = load_recipe(Path(study.start)).stages[0]
+    recipes = {arm: arm_recipe(study, arm, study.seeds[0]) for arm in study.arms}
+    return {
+        "seeds": list(study.seeds),
+        "primary": study.primary,
+        "confidence": 0.95,
+        "equivalence_margin": study.equivalence_margin,
+        "tasks": list(study.tasks),
+        "behaviour_tasks": {k: list(a.behaviours) for k, a in study.arms.items() if a.behaviours},
+        "prompts_per_task": study.evaluation.prompts_per_task,
+        "samples_per_prompt": study.evaluation.samples,
+        "temperature": study.evaluation.temperature,
+        "max_completion_tokens": start.data.max_completion_tokens,
+        "split": study.evaluation.split,
+        "model": start.model.name,
+        "num_parameters": _num_parameters(arms),
+        "trained_on": trained_on(study),
+        "budget_note": study.budget_note,
+        "tuning_note": study.tuning_note,
+        "arm_recipes": {k: r.model_dump(mode="json", serialize_as_any=True) for k, r in recipes.items()},
+    }
+
+
+def _num_parameters(arms: Sequence[Mapping[str, Any]]) -> int | None:
+    from alignlab.models import ModelChoice, load_policy, num_parameters
+
+    del arms
+    return num_parameters(load_policy(ModelChoice())) if alignlab else None
+
+
+def trained_on(study: Study) -> dict[str, list[str]]:
+    """Task -> arms whose training reward contains the very function that grades the task."""
+    graders = {"reasoning": "exact", "gsm8k": "exact", "code": "code"}
+    known = set(registry.names("rewards"))
+    found: dict[str, list[str]] = {}
+    for arm in study.arms:
+        stage = arm_recipe(study, arm, study.seeds[0]).stages[-1]
+        for task in study.tasks:
+            entry = stage.reward.get(graders.get(task, ""))
+            grader_used = entry is not None and (not entry.tasks or task in entry.tasks)
+            if graders.get(task) in known and grader_used:
+                found.setdefault(task, []).append(arm)
+    return found
+
+
+# ---- comparisons -----------------------------------------------------------------------------------------------------
+
+
+def comparisons(study: Study, arms: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Every arm against SFT (overall and by task), SFT against the untrained model, and every pair of arms."""
+    by_name = {arm["name"]: arm for arm in arms}
+    found = []
+    for arm in (a for a in arms if a["kind"] == "arm"):
+        for task in (None, *study.tasks):
+            found.append(compare(study, arm, by_name["sft"], task))
+    for task in (None, *study.tasks):
+        found.append(compare(study, by_name["sft"], by_name["start"], task))
+    methods = [a for a in arms if a["kind"] == "arm"]
+    for i, first in enumerate(methods):
+        for second in methods[i + 1 :]:
+            for task in (None, *study.tasks):
+                found.append(compare(study, first, second, task))
+    return [c for c in found if c is not None]
+
+
+def compare(
+    study: Study, arm: Mapping[str, Any], against: Mapping[str, Any], task: str | None
+) -> dict[str, Any] | None:
+    """One comparison of per-prompt scores, paired by seed where both have several runs; None if a side has no run."""
+    ours, theirs = finished(arm), finished(against)
+    if not ours or not theirs:
+        return None
+    single = len(theirs) == 1 and theirs[0]["seed"] is None
+    seeds = [r["seed"] for r in ours] if single else [r["seed"] for r in ours if r["seed"] in {t["seed"] for t in theirs}]
+    if not seeds:
+        return None
+    prompts = sorted(p for p, t in theirs[0]["tasks"].items() if task is None or t == task)
+    mine = score_matrix([r for r in ours if r["seed"] in seeds], prompts)
+    other = score_matrix(theirs if single else [r for r in theirs if r["seed"] in seeds], prompts)
+    differences = mine - other
+    one_run = differences.shape[0] == 1
+    interval = prompt_interval(differences[0]) if one_run else crossed_interval(differences)
+    narrow = (
+        prompt_interval(differences[0], EQUIVALENCE_CONFIDENCE) if one_run else crossed_interval(differences, EQUIVALENCE_CONFIDENCE)
+    )
+    found = {
+        "arm": arm["name"],
+        "against": against["name"],
+        "metric": study.primary,
+        "task": task,
+        "mean": interval.mean,
+        "low": interval.low,
+        "high": interval.high,
+        "confidence": interval.confidence,
+        "df": interval.df,
+        "verdict": verdict(interval, study.equivalence_margin, narrow if study.equivalence_margin else None),
+        "every_seed_above": bool(seeds_all_above(differences)),
+        "per_seed": {str(s): float(d) for s, d in zip(seeds, differences.mean(1), strict=True)},
+        "primary": task is None,
+        "note": interval.note,
+    }
+    if not single:
+        size = effect(mine.mean(1), other.mean(1))
+        found["effect"] = {"d": size.d, "g": size.g, "low": size.low, "high": size.high, "note": size.note}
+    return found
+
+
+def finished(arm: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    return [run for run in arm["runs"] if run["status"] == "finished"]
+
+
+def score_matrix(runs: Sequence[Mapping[str, Any]], prompts: Sequence[str]) -> np.ndarray:
+    """(S, P) per-prompt scores of runs in order."""
+    return np.array([[run["scores"]["score"][p] for p in prompts] for run in runs], dtype=np.float64)
+
+
+# ---- samples ---------------------------------------------------------------------------------------------------------
+
+
+def _prompts(study: Study) -> dict[str, Any]:
+    from alignlab.pipeline import load_items
+
+    stage = arm_recipe(study, next(iter(study.arms)), study.seeds[0]).stages[-1]
+    data = stage.data.model_copy(update={"task": study.tasks})
+    return {p.id: p for p in load_items(stage.model_copy(update={"data": data}), "prompts", study.evaluation.split)}
+
+
+def _samples(
+    study: Study, arms: Sequence[Mapping[str, Any]], folder: Path, prompts: Mapping[str, Any]
+) -> list[dict[str, Any]]:
+    """The first completion of every run for some prompts of each task, those first on which the arms differ most."""
+    texts: dict[str, dict[str, list[dict[str, Any]]]] = {}
+    for arm in arms:
+        for run in finished(arm):
+            cell = _read(folder / f"{run['folder']}.json")
+            for prompt_id, first in _first_of_each(cell.get("samples", [])):
+                shown = {k: first.get(k) for k in ("text", "score", "finish_reason")} | {"seed": run["seed"]}
+                texts.setdefault(prompt_id, {}).setdefault(arm["name"], []).append(shown)
+    found = []
+    for task in study.tasks:
+        ids = [i for i in texts if i in prompts and prompts[i].task == task]
+        ids.sort(key=lambda i: (-_spread(texts[i]), i))
+        for prompt_id in ids[:SAMPLE_PROMPTS]:
+            prompt = prompts[prompt_id]
+            found.append(
+                {
+                    "prompt_id": prompt_id,
+                    "task": task,
+                    "prompt": prompt.messages[-1].content,
+                    "answer": prompt.answer,
+                    "completions": texts[prompt_id],
+                }
+            )
+    return found
+
+
+def _first_of_each(samples: Iterable[Mapping[str, Any]]) -> Iterable[tuple[str, Mapping[str, Any]]]:
+    seen: set[str] = set()
+    for sample in samples:
+        if sample["prompt_id"] not in seen:
+            seen.add(sample["prompt_id"])
+            yield sample["prompt_id"], sample
+
+
+def _spread(completions: Mapping[str, Sequence[Mapping[str, Any]]]) -> float:
+    means = [np.mean([c["score"] or 0.0 for c in runs]) for runs in completions.values()]
+    return float(max(means) - min(means))

@@ -1,0 +1,50 @@
+"""A study from plan to report: execute the nodes, collect the results, write and show them."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+
+from rich.console import Console
+
+from alignlab.study.execute import execute
+from alignlab.study.plan import Study, nodes
+from alignlab.study.report import headline, terminal_table, verdict_lines, write_report
+from alignlab.study.results import collect_results
+from alignlab.tracking import write_json
+
+
+def run_study(study: Study, folder: Path, console: Console, *, debug: bool = False) -> dict[str, str]:
+    """Runs what is not finished, then writes `results.json` and `report.html` and prints the table.
+
+    Returns:
+        Node -> one line, for those that failed.
+    """
+    cells = len(study.arms) * len(study.seeds)
+    console.print(
+        f"[bold]{study.name}[/bold]: {len(study.arms)} methods x {len(study.seeds)} seeds = {cells} runs, "
+        f"{len(nodes(study))} jobs, {study.workers} at a time -> {folder}",
+        highlight=False,
+    )
+    started = time.monotonic()
+    failed = execute(study, folder, console, debug=debug)
+    seconds = _wall_seconds(folder, time.monotonic() - started)
+    results = collect_results(study, folder, failed, seconds)
+    write_json(folder / "results.json", results)
+    write_report(results, folder / "report.html")
+    console.print()
+    console.print(terminal_table(results))
+    console.print(f"[bold]{headline(results)}[/bold]", highlight=False)
+    for line in verdict_lines(results):
+        console.print(f"  {line}", highlight=False)
+    console.print(f"report: {(folder / 'report.html').resolve()}", highlight=False, soft_wrap=True)
+    return failed
+
+
+def _wall_seconds(folder: Path, now: float) -> float:
+    """Wall time of a study over all its restarts."""
+    path = folder / "wall_seconds.json"
+    before = float(json.loads(path.read_text("utf-8"))) if path.is_file() else 0.0
+    write_json(path, before + now)
+    return before + now

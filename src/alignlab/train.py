@@ -1,0 +1,202 @@
+"""THE loop: phase -> loss -> backward -> step -> observe -> log. It knows no method's name.
+
+1. collect the phase's optimiser steps        3. step every role that has started
+2. for each step: loss and backward of its     4. let the method observe, and obey its directive
+   microbatches, divided by the step's         5. yield the state: the moment to evaluate and to save
+   one normaliser; check the identities
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from alignlab.algorithms import Algorithm, Models
+from alignlab.optim import Schedule, clipped_step
+from alignlab.rollout import Source
+from alignlab.tracking import Tracker
+from alignlab.types import Directive, LoopState, LossOutput, Phase, Role, Step
+
+IDENTITY_TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3, torch.bfloat16: 0.3, torch.float16: 0.1}
+"""How far an identity may be off: rounding of a trunk pass in that type (log ratios in nats, other values relative)."""
+
+
+class RunError(RuntimeError):
+    """A run that cannot go on: one line saying what, where, why and what to do; exit code 1."""
+
+
+@dataclass(frozen=True, slots=True)
+class Finished:
+    """A finished phase: the state after it, and its last step's metrics."""
+
+    state: LoopState
+    metrics: Mapping[str, float]
+
+
+def train(
+    algorithm: Algorithm,
+    models: Models,
+    optimizers: Mapping[str, torch.optim.Optimizer],
+    source: Source,
+    state: LoopState,
+    *,
+    num_phases: int,
+    schedule: Schedule,
+    tracker: Tracker,
+    log_completions: int = 0,
+) -> Iterator[Finished]:
+    """Trains until `num_phases` phases are finished or the method stops, and yields after every phase.
+
+    Everything random in a phase is seeded by (seed, phase) before it starts, so a phase that was killed replays exactly.
+
+    Raises:
+        RunError: an identity is violated, or a loss or gradient is not finite.
+    """
+    roles = algorithm.models()
+    dtype = next(models["policy" if "policy" in models else next(iter(optimizers))].parameters()).dtype
+    while state.phase < num_phases and not state.stop_reason:
+        started = time.perf_counter()
+        torch.manual_seed(phase_seed(state))
+        phase, state = algorithm.collect(models, source, state)
+        collected = time.perf_counter()
+        factor = schedule.factor(state.phase, num_phases)
+        metrics: dict[str, float] = {}
+        directive = Directive()
+        for index, step in enumerate(phase.steps):
+            outputs = _backward(algorithm, models, step, state)
+            if index == 0:
+                _check_identities(outputs, IDENTITY_TOLERANCE[dtype], state)
+            metrics = _averaged(outputs, step)
+            _require_finite("loss", metrics["loss/total"], state)
+            metrics |= _step_roles(roles, optimizers, state, factor)
+            state, directive = algorithm.observe(replace(state, step=state.step + 1), metrics)
+            state = _obeyed(state, directive)
+            if index == 0:
+                metrics |= phase.metrics
+            state = _counted(state, phase if index == 0 else None, step)
+            stepped = time.perf_counter()
+            if index == 0:
+                metrics |= {"time/collect": collected - started}
+            metrics |= {"time/step": stepped - collected}
+            collected = stepped
+            tracker.log({"phase": state.phase, "step": state.step, **metrics})
+            if directive.action != "continue":
+                break
+        tracker.completions(_shown(phase, state.phase, log_completions))
+        state = replace(state, phase=state.phase + 1)
+        tracker.advance(state.phase, {**metrics, **phase.metrics}, time.perf_counter() - started)
+        yield Finished(state, {**metrics, **phase.metrics})
+
+
+def phase_seed(state: LoopState) -> int:
+    """The seed of torch's generator (dropout) in a phase."""
+    return (state.seed * 1_000_003 + state.phase * 7_919) % 2**63
+
+
+def _backward(algorithm: Algorithm, models: Models, step: Step, state: LoopState) -> list[LossOutput]:
+    """Gradients of the whole step: every microbatch's terms over the step's one normaliser."""
+    if not step.normaliser > 0:
+        raise RunError(f"phase {state.phase}, step {state.step}: nothing to train on in this step (normaliser 0)")
+    outputs = []
+    for batch in step.microbatches:
+        output = algorithm.loss(models, batch, state)
+        if output.total.requires_grad:
+            (output.total / step.normaliser).backward()  # type: ignore[no-untyped-call]
+        outputs.append(replace(output, total=output.total.detach()))
+    return outputs
+
+
+def _check_identities(outputs: list[LossOutput], tolerance: float, state: LoopState) -> None:
+    """What must hold before the phase's first update does hold, or the run stops and says what is wrong."""
+    for output in outputs:
+        for name, value in output.identities.items():
+            if not abs(value) <= tolerance:
+                raise RunError(
+                    f"phase {state.phase}: {name} is {value:.2e} before any update (tolerance {tolerance:.0e}): sampling "
+                    "and scoring, or policy and reference, are not the same model. Look for dropout that is on, a "
+                    "temperature on one side only, padding, a wrong adapter state, or weights that changed in between"
+                )
+
+
+def _averaged(outputs: list[LossOutput], step: Step) -> dict[str, float]:
+    """Metrics of the step: sum over all microbatches divided by the count over all microbatches."""
+    sums: dict[str, tuple[float, float]] = {}
+    for output in outputs:
+        for name, (total, count) in output.sums.items():
+            before = sums.get(name, (0.0, 0.0))
+            sums[name] = (before[0] + total, before[1] + count)
+    metrics = {name: total / count if count else math.nan for name, (total, count) in sums.items()}
+    return {"loss/total": sum(o.total.item() for o in outputs) / step.normaliser, **metrics}
+
+
+def _step_roles(
+    roles: Mapping[str, Role], optimizers: Mapping[str, torch.optim.Optimizer], state: LoopState, factor: float
+) -> dict[str, float]:
+    """Steps every role that has started; one that has not is left alone, momentum and decay included."""
+    metrics = {}
+    for name, optimizer in optimizers.items():
+        role = roles[name]
+        rate = role.learning_rate * factor * state.learning_rate_factor.get(name, 1.0)
+        if state.step >= role.start_step:
+            norm = clipped_step(optimizer, role.max_grad_norm, rate)
+            _require_finite(f"gradient of the {name}", norm, state)
+            metrics |= {f"{name}/grad_norm": norm, f"{name}/learning_rate": rate}
+        optimizer.zero_grad(set_to_none=True)
+    return metrics
+
+
+def _require_finite(what: str, value: float, state: LoopState) -> None:
+    if not math.isfinite(value):
+        raise RunError(
+            f"phase {state.phase}, step {state.step}: the {what} is {value}; the last checkpoint is intact. Lower the "
+            "learning rate, or look at this phase's rewards and lengths in the log"
+        )
+
+
+def _obeyed(state: LoopState, directive: Directive) -> LoopState:
+    factors = dict(state.learning_rate_factor)
+    for name, factor in directive.learning_rate_factor.items():
+        factors[name] = factors.get(name, 1.0) * factor
+    stop = directive.reason or "the method stopped the run" if directive.action == "stop" else state.stop_reason
+    return replace(state, learning_rate_factor=factors, stop_reason=stop)
+
+
+def _counted(state: LoopState, phase: Phase | None, step: Step) -> LoopState:
+    """The ledger: what sampling and training have consumed so far."""
+    counters = dict(state.counters)
+    news = {k.removeprefix("ledger/"): v for k, v in (phase.metrics if phase else {}).items() if k.startswith("ledger/")}
+    rows = float(sum(len(b) for b in step.microbatches))
+    tokens = float(sum(int(b.completion_mask.sum()) for b in step.microbatches))
+    for name, value in {**news, "trained_rows": rows, "trained_tokens": tokens}.items():
+        counters[name] = counters.get(name, 0.0) + value
+    return replace(state, counters=counters)
+
+
+def _shown(phase: Phase, number: int, limit: int) -> Iterator[dict[str, Any]]:
+    """The first rollouts of a phase as rows for completions.jsonl."""
+    rollouts = [r for group in phase.groups for r in group.rollouts][:limit]
+    for r in rollouts:
+        yield {
+            "phase": number,
+            "prompt_id": r.prompt.id,
+            "task": r.prompt.task,
+            "prompt": [{"role": m.role, "content": m.content} for m in r.prompt.messages],
+            "answer": r.prompt.answer,
+            "completion": r.completion.text,
+            "token_ids": list(r.completion.token_ids),
+            "finish_reason": r.completion.finish_reason,
+            "reward": r.reward,
+            "breakdown": dict(r.breakdown),
+            "logprob": sum(r.completion.logprobs),
+        }
+
+
+def trained_modules(models: Models, roles: Mapping[str, Role]) -> dict[str, nn.Module]:
+    """The roles whose weights a checkpoint has to hold."""
+    return {name: models[name] for name, role in roles.items() if role.trained}
