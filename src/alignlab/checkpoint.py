@@ -1,7 +1,7 @@
 """Checkpoints: models, optimisers, LoopState and every RNG <-> a folder of safetensors and JSON, bit for bit.
 
-A checkpoint is written beside its final place, fsynced file by file, listed with hashes in `manifest.json`, and renamed;
-what has no valid manifest does not exist. They are taken between phases only.
+A checkpoint is written beside its final place, fsynced file by file, listed with hashes in `manifest.json`, and
+renamed; what has no valid manifest does not exist. They are taken between phases only.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 import random
+import re
 import shutil
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -18,11 +19,12 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from alignlab.errors import UserError
-from alignlab.models import load_weights, save_model
+from alignlab.models import ScalarModel, load_weights, save_model
 from alignlab.types import LoopState
 
 FORMAT = 1
@@ -46,27 +48,38 @@ def save_checkpoint(
     contract: Mapping[str, Any],
     keep: int = 2,
 ) -> Path:
-    """Writes `folder/phase-NNNNNN` and removes all but the newest `keep` checkpoints.
+    """Writes `folder/phase-NNNNNN` and removes all but the newest `keep` checkpoints up to this phase.
 
     Args:
-        models: the trained roles; a trunk shared with another role is saved with the first.
-        contract: what a resume must find unchanged.
+        models: the trained roles; of one that shares the trunk of another, only the head is saved.
+        contract: what a resume must find unchanged (JSON values).
+
+    Raises:
+        UserError: the disk is full or cannot be written; earlier checkpoints are intact.
     """
     final = folder / f"phase-{state.phase:06d}"
-    partial = folder / f".partial-{final.name}-{os.getpid()}"
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    for name, model in models.items():
-        save_model(model, partial / name)
-    for name, optimizer in optimizers.items():
-        _save_optimizer(optimizer, partial / f"optimizer.{name}")
-    _save_rng(partial)
-    _write_json(partial / "state.json", {"format": FORMAT, "state": asdict(state), "contract": dict(contract)})
-    seal(partial)
-    shutil.rmtree(final, ignore_errors=True)
-    os.replace(partial, final)
-    _fsync(folder)
-    for old in sorted(folder.glob("phase-*"))[: -max(1, keep)]:
+    partial = folder / f".partial-{final.name}"
+    for left_by_a_kill in folder.glob(".partial-*"):
+        shutil.rmtree(left_by_a_kill, ignore_errors=True)
+    try:
+        partial.mkdir(parents=True)
+        for name, model in models.items():
+            _save_role(name, model, models, partial)
+        for name, optimizer in optimizers.items():
+            _save_optimizer(optimizer, partial / f"optimizer.{name}")
+        _save_rng(partial)
+        _write_json(partial / "state.json", {"format": FORMAT, "state": asdict(state), "contract": dict(contract)})
+        seal(partial)
+        shutil.rmtree(final, ignore_errors=True)  # only a damaged one can be here: from a usable one a run goes on
+        os.replace(partial, final)
+        _fsync(folder)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise UserError(
+            f"{final}: cannot write the checkpoint ({error}); earlier ones are intact. It needs about "
+            f"{_tensor_bytes(models, optimizers) / 2**20:.0f} MiB: make room, then go on with --resume"
+        ) from error
+    for old in [path for path in _candidates(folder) if _phase(path) <= state.phase][max(1, keep) :]:
         shutil.rmtree(old)
     return final
 
@@ -79,36 +92,59 @@ def seal(folder: Path) -> None:
     listing = {p.relative_to(folder).as_posix(): {"size": p.stat().st_size, "sha256": file_hash(p)} for p in files}
     _write_json(folder / MANIFEST, {"format": FORMAT, "files": listing})
     _fsync(folder / MANIFEST)
-    for directory in {p.parent for p in files} | {folder}:
+    for directory in {p.parent for p in files} | {folder, folder.parent}:
         _fsync(directory)
 
 
 def verify(folder: Path) -> str:
     """What is wrong with a sealed folder, in words; empty if nothing is."""
     try:
-        files = json.loads((folder / MANIFEST).read_text("utf-8"))["files"]
-    except (OSError, ValueError, KeyError) as error:
-        return f"no readable manifest ({type(error).__name__})"
-    for name, expected in files.items():
+        listing = json.loads((folder / MANIFEST).read_text("utf-8"))["files"]
+        files = {str(name): (int(entry["size"]), str(entry["sha256"])) for name, entry in listing.items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        return f"no readable {MANIFEST} ({type(error).__name__})"
+    root = folder.resolve()
+    for name, (size, sha256) in files.items():
         path = folder / name
-        if not path.resolve().is_relative_to(folder.resolve()) or path.is_symlink():
-            return f"{name} points outside the checkpoint"
+        if path.is_symlink() or not path.resolve().is_relative_to(root):
+            return f"{name} points outside the folder"
         if not path.is_file():
             return f"{name} is missing"
-        if path.stat().st_size != expected["size"] or file_hash(path) != expected["sha256"]:
-            return f"{name} is damaged"
+        if path.stat().st_size != size:
+            return f"{name} has {path.stat().st_size} bytes instead of {size}"
+        if file_hash(path) != sha256:
+            return f"{name} is damaged (its sha256 differs)"
     return ""
 
 
 def find_checkpoint(folder: Path) -> Found:
-    """The newest checkpoint that verifies; damaged ones are skipped and named."""
+    """The newest checkpoint that verifies; damaged ones are skipped and named, and nothing is deleted."""
     skipped: list[str] = []
-    for candidate in sorted(folder.glob("phase-*"), reverse=True):
-        problem = verify(candidate)
+    for candidate in _candidates(folder):
+        problem = "is a symbolic link" if candidate.is_symlink() else verify(candidate) or _unlisted(candidate)
         if not problem:
             return Found(candidate, tuple(skipped))
         skipped.append(f"{candidate.name}: {problem}")
     return Found(None, tuple(skipped))
+
+
+def _candidates(folder: Path) -> list[Path]:
+    """What looks like a checkpoint, the newest first."""
+    return sorted(
+        (p for p in folder.glob("phase-*") if re.fullmatch(r"phase-\d{6,}", p.name)), key=_phase, reverse=True
+    )
+
+
+def _phase(path: Path) -> int:
+    return int(path.name.removeprefix("phase-"))
+
+
+def _unlisted(folder: Path) -> str:
+    """A file that the (verified) manifest does not list was put there by somebody else."""
+    listed = {MANIFEST, *json.loads((folder / MANIFEST).read_text("utf-8"))["files"]}
+    found = (p.relative_to(folder).as_posix() for p in folder.rglob("*") if not p.is_dir() or p.is_symlink())
+    strange = sorted(name for name in set(found) - listed if not name.startswith("."))  # a file manager's own
+    return f"{strange[0]} does not belong to it" if strange else ""
 
 
 def load_checkpoint(
@@ -126,12 +162,13 @@ def load_checkpoint(
     saved = json.loads((folder / "state.json").read_text("utf-8"))
     if saved["format"] != FORMAT:
         raise UserError(f"{folder}: checkpoint format {saved['format']}, this version reads {FORMAT}")
-    differing = [k for k in sorted({*contract, *saved["contract"]}) if contract.get(k) != saved["contract"].get(k)]
+    before, now = saved["contract"], json.loads(json.dumps(dict(contract)))
+    differing = [k for k in sorted({*before, *now}) if before.get(k) != now.get(k)]
     if differing:
-        what = "; ".join(f"{k}: {saved['contract'].get(k)!r} -> {contract.get(k)!r}" for k in differing)
+        what = "; ".join(f"{k}: {before.get(k)!r} -> {now.get(k)!r}" for k in differing)
         raise UserError(f"{folder}: cannot resume, this run is not the one saved ({what}); use another --output")
     for name, model in models.items():
-        load_weights(model, folder / name)
+        _load_role(name, model, models, folder)
     for name, optimizer in optimizers.items():
         _load_optimizer(optimizer, folder / f"optimizer.{name}")
     _load_rng(folder)
@@ -139,6 +176,39 @@ def load_checkpoint(
 
 
 # ---- parts -----------------------------------------------------------------------------------------------------------
+
+
+def _shares_trunk(model: nn.Module, models: Mapping[str, nn.Module]) -> bool:
+    return isinstance(model, ScalarModel) and any(model.backbone is other for other in models.values())
+
+
+def _own_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """What a scalar model has besides its trunk, by name."""
+    return {k: v for k, v in model.state_dict().items() if not k.startswith("backbone.")}
+
+
+def _save_role(name: str, model: nn.Module, models: Mapping[str, nn.Module], folder: Path) -> None:
+    if _shares_trunk(model, models):
+        tensors = {k: v.detach().cpu().contiguous() for k, v in _own_tensors(model).items()}
+        save_file(tensors, str(folder / f"{name}.safetensors"))
+    else:
+        save_model(model, folder / name)
+
+
+def _load_role(name: str, model: nn.Module, models: Mapping[str, nn.Module], folder: Path) -> None:
+    if not _shares_trunk(model, models):
+        load_weights(model, folder / name)
+        return
+    saved = load_file(str(folder / f"{name}.safetensors"))
+    for key, tensor in _own_tensors(model).items():
+        tensor.copy_(saved[key])
+
+
+def _tensor_bytes(models: Mapping[str, nn.Module], optimizers: Mapping[str, torch.optim.Optimizer]) -> int:
+    """Size of a checkpoint but for its small files (an upper bound: of a model with an adapter, all weights count)."""
+    tensors = {id(t): t for model in models.values() for t in model.state_dict(keep_vars=True).values()}
+    tensors |= {id(t): t for o in optimizers.values() for state in o.state.values() for t in state.values()}
+    return sum(t.numel() * t.element_size() for t in tensors.values())
 
 
 def _save_optimizer(optimizer: torch.optim.Optimizer, stem: Path) -> None:
@@ -160,7 +230,9 @@ def _load_optimizer(optimizer: torch.optim.Optimizer, stem: Path) -> None:
         state.setdefault(int(index), {})[key] = value
     own = optimizer.state_dict()
     groups = json.loads(Path(f"{stem}.json").read_text("utf-8"))["param_groups"]
-    merged = [{**old, **new, "betas": tuple(new["betas"])} for old, new in zip(own["param_groups"], groups, strict=True)]
+    merged = [
+        {**old, **new, "betas": tuple(new["betas"])} for old, new in zip(own["param_groups"], groups, strict=True)
+    ]
     optimizer.load_state_dict({"state": state, "param_groups": merged})
 
 

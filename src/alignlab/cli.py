@@ -1,4 +1,5 @@
-"""The command line: parse, call, print. Exit codes: 0 done, 1 the run failed, 2 the user's recipe, data or model, 130 Ctrl-C."""
+"""The command line: parse, call, print. Exit codes: 0 done, 1 the run failed, 2 the user's recipe, data or model, 130
+Ctrl-C."""
 
 from __future__ import annotations
 
@@ -26,7 +27,9 @@ RecipePath = Annotated[Path, typer.Argument(help="Recipe file, YAML or JSON.", s
 Overrides = Annotated[
     list[str] | None, typer.Argument(metavar="[key=value]...", help="Recipe keys to replace.", show_default=False)
 ]
-Output = Annotated[Path | None, typer.Option("--output", "-o", help="Run folder; default runs/NAME.", show_default=False)]
+Output = Annotated[
+    Path | None, typer.Option("--output", "-o", help="Run folder; default runs/NAME.", show_default=False)
+]
 Debug = Annotated[bool, typer.Option("--debug", help="Two phases of every stage, in seconds.")]
 
 
@@ -49,7 +52,9 @@ def train(
     overrides: Overrides = None,
     output: Output = None,
     debug: Debug = False,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest checkpoint, if there is one.")] = False,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on from the newest checkpoint, if there is one.")
+    ] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")] = False,
 ) -> None:
     """Train the stages of a recipe, each into a run folder."""
@@ -105,7 +110,7 @@ def version() -> None:
 
 
 def main() -> None:
-    """Entry point: errors become one clear line and an exit code, never a traceback (set ALIGNLAB_TRACEBACK=1 for one)."""
+    """Entry point: errors become one clear line and an exit code; ALIGNLAB_TRACEBACK=1 shows the traceback too."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     try:
         app()

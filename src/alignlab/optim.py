@@ -32,7 +32,7 @@ class Schedule:
     warmup: float = 0.0
     """Share of all phases in which the factor rises linearly from 0."""
     floor: float = 0.0
-    """Factor at the end of `linear` and `cosine`."""
+    """Factor that `linear` and `cosine` would reach in the phase after the last, so that the last one still learns."""
 
     def factor(self, phase: int, num_phases: int) -> float:
         """The factor in `phase` (0-based); the first phase of a warm-up is not wasted on 0."""

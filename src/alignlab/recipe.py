@@ -1,7 +1,7 @@
-"""The typed recipe: YAML or JSON (+ `extends`, + key=value) -> a closed, frozen Recipe -> the resolved recipe written out.
+"""The typed recipe: YAML or JSON (+ `extends`, + key=value) -> a closed, frozen Recipe, written out resolved.
 
-A recipe is one stage, or a list of `stages` with shared defaults beside it. Every key is checked, and everything that is
-wrong is said at once, with the nearest valid name.
+A recipe is one stage, or a list of `stages` with shared defaults beside it. Every key is checked, and everything that
+is wrong is said at once, with the nearest valid name.
 """
 
 from __future__ import annotations
@@ -25,6 +25,8 @@ from alignlab.errors import UserError
 M = TypeVar("M", bound=BaseModel)
 MAX_BYTES = 1_000_000
 """A recipe larger than this is not a recipe."""
+MAX_NODES = 100_000
+"""Nor is one with more values than this."""
 
 
 def _as_tuple(value: object) -> object:
@@ -191,7 +193,8 @@ class Stage(Section):
     algorithm: Hyperparameters
     """The method and its hyperparameters: `{name: grpo, ...}`."""
     start: str | None = None
-    """The policy it starts from: an earlier stage, a recipe file, or a run folder; null = the stage before, or the model."""
+    """The policy it starts from: an earlier stage, a recipe file, or a run folder; null = the stage before, or the
+    model."""
     reward_model: str | None = None
     """The reward model it uses: an earlier stage, a recipe file, or a run folder."""
     model: ModelSection = ModelSection()
@@ -313,8 +316,10 @@ def parse_recipe(raw: Mapping[str, Any], path: Path, *, debug: bool = False) -> 
         for key in ("start", "reward_model"):
             if isinstance(stage.get(key), str) and stage[key] not in names:
                 stage[key] = _beside(stage[key], path)
+        if isinstance(stage.get("data"), Mapping):
+            stage["data"] = _data_beside(stage["data"], path)
     raw.setdefault("name", path.stem)
-    return cast(Recipe, validate(Recipe, {**raw, "stages": merged}, str(path)))
+    return validate(Recipe, {**raw, "stages": merged}, str(path))
 
 
 def _debug_algorithm(stage: dict[str, Any]) -> None:
@@ -331,6 +336,16 @@ def _stage_name(stage: Mapping[str, Any]) -> str:
     algorithm = stage.get("algorithm")
     name = algorithm.get("name") if isinstance(algorithm, Mapping) else algorithm
     return str(name).rsplit(".", 1)[-1] if name else "stage"
+
+
+def _data_beside(data: Mapping[str, Any], recipe: Path) -> dict[str, Any]:
+    """Data files of a recipe are looked for beside it, then from where we stand."""
+    found = dict(data)
+    for key in ("path", "validation_path"):
+        given = found.get(key)
+        if isinstance(given, str) and (recipe.parent / given).is_file():
+            found[key] = str((recipe.parent / given).resolve())
+    return found
 
 
 def _beside(name: str, recipe: Path) -> str:
@@ -366,11 +381,23 @@ def read_mapping(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
         raise UserError(f"{path}: the file is empty")
     if not isinstance(value, dict):
         raise UserError(f"{path}: the top level is a {type(value).__name__}; a recipe is a mapping of keys")
+    _require_small(value, path)
     parents = value.pop("extends", None) or []
     base: dict[str, Any] = {}
     for parent in [parents] if isinstance(parents, str) else parents:
         base = merge(base, read_mapping((path.parent / parent), (*seen, path.resolve())))
     return merge(base, value)
+
+
+def _require_small(value: object, path: Path) -> None:
+    """Refuses anchors that unfold to more than a recipe can be, before anything copies them."""
+    left, count = [value], 0
+    while left:
+        at = left.pop()
+        count += 1
+        if count > MAX_NODES:
+            raise UserError(f"{path}: unfolds to more than {MAX_NODES} values; this is not a recipe")
+        left += at.values() if isinstance(at, dict) else at if isinstance(at, list) else []
 
 
 def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
@@ -446,6 +473,8 @@ def validate(model: type[M], raw: Mapping[str, Any], source: str) -> M:
 
 def _explain(error: ValidationError, raw: Mapping[str, Any]) -> Iterable[str]:
     for problem in error.errors(include_url=False):
+        if problem["type"] == "too_short" and problem["loc"] == ("stages",) and raw.get("stages"):
+            continue  # an echo: the stages are there, but none of them is valid
         where = _readable(problem["loc"], raw)
         if problem["type"] == "extra_forbidden":
             name, known = str(problem["loc"][-1]), _known_keys(problem["loc"], raw)

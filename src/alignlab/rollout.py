@@ -1,14 +1,16 @@
 """Where a method's data comes from: data items and a policy -> prompts -> completions -> rewards -> groups -> Batch.
 
-A `Source` answers an algorithm's questions for a `LoopState`. What it answers is a pure function of (seed, phase) and the
-policy's weights; the loop pulls, and nothing is prefetched, so rollouts are always on the current policy.
+A `Source` answers an algorithm's questions for a `LoopState`. What it answers is a pure function of (seed, phase) and
+the policy's weights; the loop pulls, and nothing is prefetched, so rollouts are always on the current policy.
 """
 
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from numbers import Real
 from typing import TypeVar
 
 import numpy as np
@@ -43,30 +45,65 @@ def combine(
     """(reward, breakdown) of every completion: the weighted sum of the components that apply, NaN if none does.
 
     Raises:
-        UserError: a function raised, or gave the wrong number of values, or something that is neither a finite number nor
-            None; names the function and the sample. A broken grader must not look like a bad model.
+        UserError: a function raised, or gave the wrong number of values, or something that is neither a finite number
+            nor None, or no function judged any completion; names the function and the sample. A broken grader must not
+            look like a bad model.
     """
+    totals = [0.0 for _ in prompts]
     breakdowns: list[dict[str, float]] = [{} for _ in prompts]
-    weights = {reward.name: reward.weight for reward in rewards}
     for reward in rewards:
-        chosen = [i for i, prompt in enumerate(prompts) if not reward.tasks or prompt.task in reward.tasks]
-        if not chosen:
-            continue
+        here = [i for i, prompt in enumerate(prompts) if not reward.tasks or prompt.task in reward.tasks]
+        values = _values(reward, [prompts[i] for i in here], [completions[i] for i in here])
+        for i, value in zip(here, values, strict=True):
+            if value is not None:
+                totals[i] += reward.weight * value
+                breakdowns[i][reward.name] = value
+    if prompts and not any(breakdowns):
+        names = ", ".join(repr(reward.name) for reward in rewards) or "none is named"
+        raise UserError(
+            f"reward: no function ({names}) judged any of {len(prompts)} completions, the first being "
+            f"{_sample(prompts[0], completions[0])} of task {prompts[0].task!r}; see `tasks` and what the data hold"
+        )
+    return [(total if b else math.nan, b) for total, b in zip(totals, breakdowns, strict=True)]
+
+
+def _values(reward: Reward, prompts: Sequence[Prompt], completions: Sequence[Completion]) -> list[float | None]:
+    """What one function says about the completions it is responsible for."""
+    if not prompts:
+        return []
+    try:
+        values = reward.function(prompts, completions)
+    except Exception as error:
+        what = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        where = _culprit(reward, prompts, completions)
+        raise UserError(f"reward {reward.name!r} raised {what} on {where}") from error
+    if not isinstance(values, Sequence) or isinstance(values, str) or len(values) != len(prompts):
+        given = f"{len(values)} values" if isinstance(values, list | tuple) else f"a {type(values).__name__}"
+        raise UserError(
+            f"reward {reward.name!r} returned {given} for {len(prompts)} completions, the first being "
+            f"{_sample(prompts[0], completions[0])}; a list with one float or None for each is needed"
+        )
+    for value, prompt, completion in zip(values, prompts, completions, strict=True):
+        if value is not None and (isinstance(value, bool) or not isinstance(value, Real) or not math.isfinite(value)):
+            raise UserError(
+                f"reward {reward.name!r} returned {value!r} for {_sample(prompt, completion)}; "
+                "a finite float or None is needed"
+            )
+    return [None if value is None else float(value) for value in values]
+
+
+def _culprit(reward: Reward, prompts: Sequence[Prompt], completions: Sequence[Completion]) -> str:
+    """The first completion that the function raises on by itself."""
+    for prompt, completion in zip(prompts, completions, strict=True):
         try:
-            values = reward.function([prompts[i] for i in chosen], [completions[i] for i in chosen])
-        except Exception as error:
-            raise UserError(f"reward {reward.name!r} raised {type(error).__name__}: {error}") from error
-        if not isinstance(values, Sequence) or isinstance(values, str) or len(values) != len(chosen):
-            given = len(values) if isinstance(values, Sequence) else type(values).__name__
-            raise UserError(f"reward {reward.name!r} returned {given} values for {len(chosen)} completions")
-        for i, value in zip(chosen, values, strict=True):
-            if value is None:
-                continue
-            if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-                where = f"prompt {prompts[i].id!r}, completion {completions[i].text[:60]!r}"
-                raise UserError(f"reward {reward.name!r} returned {value!r} for {where}; a finite float or None is needed")
-            breakdowns[i][reward.name] = float(value)
-    return [(sum(weights[k] * v for k, v in b.items()) if b else math.nan, b) for b in breakdowns]
+            reward.function([prompt], [completion])
+        except Exception:
+            return _sample(prompt, completion)
+    return f"{len(prompts)} completions together, the first being {_sample(prompts[0], completions[0])}"
+
+
+def _sample(prompt: Prompt, completion: Completion) -> str:
+    return f"prompt {prompt.id!r}, completion {completion.text[:60]!r}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -127,35 +164,41 @@ class Source:
             batches.append(replace(batch, margin=margin))
         return tuple(batches)
 
-    def _collate(self, rows: Sequence[Row], **per_token: list[Sequence[float]]) -> Batch:
-        return collate(rows, pad_id=self.template.pad_id, per_token=per_token).to(self.device)
+    def _collate(self, rows: Sequence[Row]) -> Batch:
+        return collate(rows, pad_id=self.template.pad_id).to(self.device)
 
     # ---- online ------------------------------------------------------------------------------------------------------
 
     def rollouts(self, policy: Model, num_prompts: int, group_size: int, state: LoopState) -> tuple[Group, ...]:
-        """Draws the phase's prompts, samples a group of completions for each, and scores them."""
+        """Draws the phase's prompts, samples a group of completions for each, and scores them.
+
+        Raises:
+            UserError: sampling is not from the policy itself (top-k, top-p, ...), so no ratio would be right; or the
+                rewards cannot be used.
+        """
+        if not self.sampling.on_policy:
+            raise UserError(f"training samples from the policy itself: leave out greedy and filters ({self.sampling})")
         prompts = [self.prompts[i] for i in take(len(self.prompts), num_prompts, state.seed, state.phase)]
         prompt_ids = [self.template.encode_prompt(prompt) for prompt in prompts]
         sampled = sample_prompts(
             policy, prompts, prompt_ids, self.template, self.sampling, num_samples=group_size,
             seed=state.seed, phase=state.phase, max_rows=self.limits.sampling_rows,
         )  # fmt: skip
-        flat_prompts = [p for p in prompts for _ in range(group_size)]
-        flat = [completion for siblings in sampled for completion in siblings]
-        scored = combine(self.rewards, flat_prompts, flat)
+        flat = [(p, ids, c) for p, ids, siblings in zip(prompts, prompt_ids, sampled, strict=True) for c in siblings]
+        scored = combine(self.rewards, [p for p, _, _ in flat], [c for _, _, c in flat])
         rollouts = [
-            Rollout(prompt=p, prompt_ids=prompt_ids[i // group_size], completion=c, reward=reward, breakdown=breakdown)
-            for i, (p, c, (reward, breakdown)) in enumerate(zip(flat_prompts, flat, scored, strict=True))
+            Rollout(prompt=prompt, prompt_ids=ids, completion=completion, reward=reward, breakdown=breakdown)
+            for (prompt, ids, completion), (reward, breakdown) in zip(flat, scored, strict=True)
         ]
-        if all(math.isnan(r.reward) for r in rollouts):
-            raise UserError(f"no reward applies to any of the {len(prompts)} prompts of phase {state.phase}; see `reward`")
         return tuple(Group(rollouts=tuple(rollouts[i : i + group_size])) for i in range(0, len(rollouts), group_size))
 
-    def batch(self, groups: Sequence[Group]) -> Batch:
+    def batch(self, groups: Sequence[Group], dtype: torch.dtype = torch.float32) -> Batch:
         """All rollouts of the groups as one batch, in group order, with the logprobs recorded while sampling."""
         rollouts = [r for group in groups for r in group.rollouts]
-        rows = [Row(prompt_ids=r.prompt_ids, completion_ids=r.completion.token_ids) for r in rollouts]
-        return self._collate(rows, old_logprobs=[r.completion.logprobs for r in rollouts])
+        batch = self._collate([Row(prompt_ids=r.prompt_ids, completion_ids=r.completion.token_ids) for r in rollouts])
+        recorded = torch.tensor([x for r in rollouts for x in r.completion.logprobs], dtype=dtype, device=self.device)
+        zeros = torch.zeros(batch.input_ids.shape, dtype=dtype, device=self.device)
+        return replace(batch, old_logprobs=zeros.masked_scatter(batch.completion_mask, recorded))
 
     def microbatches(self, batch: Batch) -> tuple[Batch, ...]:
         """The batch in pieces of at most `microbatch_rows` rows, sorted by length so that little is padding."""
@@ -181,11 +224,18 @@ def sample_prompts(
     phase: int,
     max_rows: int = 512,
 ) -> list[list[Completion]]:
-    """Samples completions and decodes them; one list of `num_samples` a prompt."""
+    """Samples completions and decodes them; one list of `num_samples` a prompt.
+
+    A prompt that comes more than once (fewer prompts than a phase asks for) gets other random numbers each time.
+    """
+    keys, seen = [], Counter[str]()
+    for prompt in prompts:
+        keys.append(SamplingKey(seed, phase, prompt.id, attempt=seen[prompt.id]))
+        seen[prompt.id] += 1
     sampled = generate(
         policy,
         prompt_ids,
-        [SamplingKey(seed, phase, prompt.id) for prompt in prompts],
+        keys,
         sampling,
         num_samples=num_samples,
         stop_ids=template.stop_ids,
@@ -225,6 +275,7 @@ def rollout_metrics(groups: Sequence[Group]) -> dict[str, float]:
     metrics = {
         "reward/mean": float(np.nanmean(rewards)),
         "reward/std": float(np.nanstd(rewards)),
+        "reward/unjudged_fraction": float(np.isnan(rewards).mean()),
         "completion/length": float(lengths.mean()),
         "completion/stop_fraction": float(np.mean([r.completion.finish_reason == "stop" for r in rollouts])),
         "ledger/prompts": float(len(groups)),
@@ -232,8 +283,8 @@ def rollout_metrics(groups: Sequence[Group]) -> dict[str, float]:
         "ledger/generated_tokens": float(lengths.sum()),
     }
     if any(len(g.rollouts) > 1 for g in groups):
-        constant = [len({r.reward for r in g.rollouts}) == 1 for g in groups]
-        metrics["group/constant_fraction"] = float(np.mean(constant))
+        given = [{r.reward for r in g.rollouts if not math.isnan(r.reward)} for g in groups]
+        metrics["group/constant_fraction"] = float(np.mean([len(different) <= 1 for different in given]))
     for name in sorted({k for r in rollouts for k in r.breakdown}):
         metrics[f"reward/{name}"] = float(np.mean([r.breakdown[name] for r in rollouts if name in r.breakdown]))
     return metrics
@@ -284,6 +335,7 @@ def _some(kept: list[T], total: int, limits: Limits) -> list[T]:
     if kept or not total:
         return kept
     raise UserError(
-        f"data: none of {total} rows fits {limits.max_prompt_tokens} prompt and {limits.max_completion_tokens} completion "
-        "tokens; raise data.max_prompt_tokens or data.max_completion_tokens"
+        f"data: none of {total} rows is left within {limits.max_prompt_tokens} prompt and "
+        f"{limits.max_completion_tokens} completion tokens (a pair must also differ within them); "
+        "raise data.max_prompt_tokens or data.max_completion_tokens"
     )

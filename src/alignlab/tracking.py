@@ -1,6 +1,7 @@
-"""What a run leaves behind while it runs: metrics -> log_history.jsonl (the record), its mirrors, and a line for people.
+"""What a run leaves behind while it runs: metrics -> log_history.jsonl (the record), mirrors, a line for people.
 
-JSONL files are append-only and strict: NaN and infinity become null. TensorBoard and Weights & Biases only mirror the record.
+JSONL files are append-only and strict: NaN and infinity become null. TensorBoard and Weights & Biases only mirror the
+record.
 """
 
 from __future__ import annotations

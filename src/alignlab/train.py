@@ -9,22 +9,25 @@
 from __future__ import annotations
 
 import math
+import random
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
-from alignlab.algorithms import Algorithm, Models
+from alignlab.algorithms import Algorithm, Models, completion_rows, completion_tokens
 from alignlab.optim import Schedule, clipped_step
 from alignlab.rollout import Source
 from alignlab.tracking import Tracker
 from alignlab.types import Directive, LoopState, LossOutput, Phase, Role, Step
 
-IDENTITY_TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3, torch.bfloat16: 0.3, torch.float16: 0.1}
-"""How far an identity may be off: rounding of a trunk pass in that type (log ratios in nats, other values relative)."""
+IDENTITY_TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-4, torch.bfloat16: 0.05, torch.float16: 0.02}
+"""How far an identity may be off, by the policy's type: ten times the rounding of a trunk pass (a mean over a
+microbatch's tokens; nats for log ratios and KL, relative for values)."""
 
 
 class RunError(RuntimeError):
@@ -53,7 +56,7 @@ def train(
 ) -> Iterator[Finished]:
     """Trains until `num_phases` phases are finished or the method stops, and yields after every phase.
 
-    Everything random in a phase is seeded by (seed, phase) before it starts, so a phase that was killed replays exactly.
+    Everything random in a phase is seeded by (seed, phase) before it starts, so a killed phase replays exactly.
 
     Raises:
         RunError: an identity is violated, or a loss or gradient is not finite.
@@ -62,41 +65,46 @@ def train(
     dtype = next(models["policy" if "policy" in models else next(iter(optimizers))].parameters()).dtype
     while state.phase < num_phases and not state.stop_reason:
         started = time.perf_counter()
-        torch.manual_seed(phase_seed(state))
+        seed_everything(phase_seed(state))
         phase, state = algorithm.collect(models, source, state)
         collected = time.perf_counter()
         factor = schedule.factor(state.phase, num_phases)
         metrics: dict[str, float] = {}
-        directive = Directive()
         for index, step in enumerate(phase.steps):
+            began = time.perf_counter()
             outputs = _backward(algorithm, models, step, state)
+            metrics = _averaged(outputs, step)
             if index == 0:
                 _check_identities(outputs, IDENTITY_TOLERANCE[dtype], state)
-            metrics = _averaged(outputs, step)
+                metrics |= {**phase.metrics, "time/collect": collected - started}
+                state = _counted(state, _consumed(phase))
             _require_finite("loss", metrics["loss/total"], state)
             metrics |= _step_roles(roles, optimizers, state, factor)
-            state, directive = algorithm.observe(replace(state, step=state.step + 1), metrics)
+            state = _counted(replace(state, step=state.step + 1), _trained(step))
+            metrics["time/step"] = time.perf_counter() - began
+            state, directive = algorithm.observe(state, metrics)
             state = _obeyed(state, directive)
-            if index == 0:
-                metrics |= phase.metrics
-            state = _counted(state, phase if index == 0 else None, step)
-            stepped = time.perf_counter()
-            if index == 0:
-                metrics |= {"time/collect": collected - started}
-            metrics |= {"time/step": stepped - collected}
-            collected = stepped
-            tracker.log({"phase": state.phase, "step": state.step, **metrics})
+            why = {"ended": directive.reason} if directive.action != "continue" else {}
+            tracker.log({"phase": state.phase, "step": state.step, **metrics, **why})
             if directive.action != "continue":
                 break
         tracker.completions(_shown(phase, state.phase, log_completions))
         state = replace(state, phase=state.phase + 1)
-        tracker.advance(state.phase, {**metrics, **phase.metrics}, time.perf_counter() - started)
-        yield Finished(state, {**metrics, **phase.metrics})
+        metrics |= phase.metrics
+        tracker.advance(state.phase, metrics, time.perf_counter() - started)
+        yield Finished(state, metrics)
 
 
 def phase_seed(state: LoopState) -> int:
-    """The seed of torch's generator (dropout) in a phase."""
+    """What every global generator starts a phase from (dropout draws from torch's)."""
     return (state.seed * 1_000_003 + state.phase * 7_919) % 2**63
+
+
+def seed_everything(seed: int) -> None:
+    """Seeds the generators of torch, numpy and Python, which a reward function may use as well."""
+    torch.manual_seed(seed)
+    np.random.seed(seed % 2**32)
+    random.seed(seed)
 
 
 def _backward(algorithm: Algorithm, models: Models, step: Step, state: LoopState) -> list[LossOutput]:
@@ -106,8 +114,7 @@ def _backward(algorithm: Algorithm, models: Models, step: Step, state: LoopState
     outputs = []
     for batch in step.microbatches:
         output = algorithm.loss(models, batch, state)
-        if output.total.requires_grad:
-            (output.total / step.normaliser).backward()  # type: ignore[no-untyped-call]
+        (output.total / step.normaliser).backward()  # type: ignore[no-untyped-call]
         outputs.append(replace(output, total=output.total.detach()))
     return outputs
 
@@ -118,9 +125,9 @@ def _check_identities(outputs: list[LossOutput], tolerance: float, state: LoopSt
         for name, value in output.identities.items():
             if not abs(value) <= tolerance:
                 raise RunError(
-                    f"phase {state.phase}: {name} is {value:.2e} before any update (tolerance {tolerance:.0e}): sampling "
-                    "and scoring, or policy and reference, are not the same model. Look for dropout that is on, a "
-                    "temperature on one side only, padding, a wrong adapter state, or weights that changed in between"
+                    f"phase {state.phase}: {name} is {value:.2e} before any update (tolerance {tolerance:.0e}): "
+                    "sampling and scoring, or policy and reference, are not the same model. Look for dropout that is "
+                    "on, a temperature on one side only, padding, a wrong adapter state, or weights that changed"
                 )
 
 
@@ -139,7 +146,7 @@ def _step_roles(
     roles: Mapping[str, Role], optimizers: Mapping[str, torch.optim.Optimizer], state: LoopState, factor: float
 ) -> dict[str, float]:
     """Steps every role that has started; one that has not is left alone, momentum and decay included."""
-    metrics = {}
+    metrics: dict[str, float] = {}
     for name, optimizer in optimizers.items():
         role = roles[name]
         rate = role.learning_rate * factor * state.learning_rate_factor.get(name, 1.0)
@@ -167,15 +174,18 @@ def _obeyed(state: LoopState, directive: Directive) -> LoopState:
     return replace(state, learning_rate_factor=factors, stop_reason=stop)
 
 
-def _counted(state: LoopState, phase: Phase | None, step: Step) -> LoopState:
+def _counted(state: LoopState, news: Mapping[str, float]) -> LoopState:
     """The ledger: what sampling and training have consumed so far."""
-    counters = dict(state.counters)
-    news = {k.removeprefix("ledger/"): v for k, v in (phase.metrics if phase else {}).items() if k.startswith("ledger/")}
-    rows = float(sum(len(b) for b in step.microbatches))
-    tokens = float(sum(int(b.completion_mask.sum()) for b in step.microbatches))
-    for name, value in {**news, "trained_rows": rows, "trained_tokens": tokens}.items():
-        counters[name] = counters.get(name, 0.0) + value
-    return replace(state, counters=counters)
+    totals = {name: state.counters.get(name, 0.0) + value for name, value in news.items()}
+    return replace(state, counters={**state.counters, **totals})
+
+
+def _consumed(phase: Phase) -> dict[str, float]:
+    return {k.removeprefix("ledger/"): v for k, v in phase.metrics.items() if k.startswith("ledger/")}
+
+
+def _trained(step: Step) -> dict[str, float]:
+    return {"trained_rows": completion_rows(step.microbatches), "trained_tokens": completion_tokens(step.microbatches)}
 
 
 def _shown(phase: Phase, number: int, limit: int) -> Iterator[dict[str, Any]]:

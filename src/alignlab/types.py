@@ -1,4 +1,4 @@
-"""The carriers that flow down through alignlab: Prompt -> Completion -> Rollout -> Group -> Batch -> Step -> LossOutput.
+"""The carriers that flow down alignlab: Prompt -> Completion -> Rollout -> Group -> Batch -> Step -> LossOutput.
 
 All are frozen; each stage returns a new one and nobody writes into somebody else's. Dimensions: `B` rows, `T` tokens,
 `G` siblings in a group. Every per-token tensor is (B, T) and index t belongs to token t of `input_ids`.
@@ -116,8 +116,8 @@ class Batch:
     """Rows of tokens, right-padded.
 
     Example (prompt `P0 P1`, completion `A0 A1 <end_of_turn>`, one pad): `input_ids = [P0, P1, A0, A1, E, 0]`,
-    `attention_mask = [1, 1, 1, 1, 1, 0]`, `completion_mask = [0, 0, 1, 1, 1, 0]`, `old_logprobs[2]` is log pi(A0 | P0 P1).
-    A preference batch holds all chosen rows first, then all rejected rows in the same order.
+    `attention_mask = [1, 1, 1, 1, 1, 0]`, `completion_mask = [0, 0, 1, 1, 1, 0]`, `old_logprobs[2]` is log pi(A0 | P0
+    P1). A preference batch holds all chosen rows first, then all rejected rows in the same order.
     """
 
     input_ids: Tensor  # (B, T) int64

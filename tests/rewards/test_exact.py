@@ -46,7 +46,22 @@ def test_a_number_is_read(text: str, value: Fraction) -> None:
 
 @pytest.mark.parametrize(
     "text",
-    ["", "eight", "8 coins", "1/0", "1e9", "1e999999999", "--8", "1,23", "12,3456", "8 9", "9" * 65, "²", "\u0663", "nan"],
+    [
+        "",
+        "eight",
+        "8 coins",
+        "1/0",
+        "1e9",
+        "1e999999999",
+        "--8",
+        "1,23",
+        "12,3456",
+        "8 9",
+        "9" * 65,
+        "²",
+        "\u0663",
+        "nan",
+    ],
 )
 def test_what_is_no_number_is_none(text: str) -> None:
     assert parse_number(text) is None

@@ -31,7 +31,9 @@ def test_by_hand(text: str, ngram: int, fraction: float) -> None:
 
 
 def test_is_a_weighted_penalty() -> None:
-    rewards = repetition([Prompt(messages=(), id="p")] * 2, [completion("a a a a"), completion("a b")], ngram=1, weight=2)
+    rewards = repetition(
+        [Prompt(messages=(), id="p")] * 2, [completion("a a a a"), completion("a b")], ngram=1, weight=2
+    )
     assert rewards == [-1.5, 0.0]
 
 

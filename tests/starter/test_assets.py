@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import json
+import os
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -41,8 +42,7 @@ def ids(text: str) -> list[int]:
 
 def render(messages: list[tuple[str, str]], generate: bool = False) -> str:
     turns = [{"role": role, "content": content} for role, content in messages]
-    text: str = TOKENIZER.apply_chat_template(turns, tokenize=False, add_generation_prompt=generate)
-    return text
+    return str(TOKENIZER.apply_chat_template(turns, tokenize=False, add_generation_prompt=generate))
 
 
 def test_shipped_data_are_what_the_build_makes(build: ModuleType) -> None:
@@ -147,8 +147,6 @@ def test_adopt_takes_the_newest_policy(build: ModuleType, tmp_path: Path) -> Non
         weights = tmp_path / "run" / "checkpoints" / str(i) / "policy" / "model.safetensors"
         weights.parent.mkdir(parents=True)
         weights.write_text(text)
-        import os
-
         os.utime(weights, (i, i))
     build.adopt(tmp_path / "run", tmp_path)
     assert (tmp_path / "model.safetensors").read_text() == "new"

@@ -8,17 +8,20 @@ from __future__ import annotations
 import copy
 import itertools
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from alignlab.statistics.effects import effect
 from alignlab.statistics.inference import crossed_interval, seeds_all_above, verdict
 
 Results = dict[str, Any]
+Floats = npt.NDArray[np.float64]
+Scores = Mapping[str, list[Floats]]
 
 TASKS = ("reasoning", "safety", "clinical", "code")
 SEEDS = (42, 123, 777)
@@ -32,6 +35,11 @@ MEANS = {  # the chosen mean score of each arm on each task
     "grpo": (0.69, 0.81, 0.55, 0.71),
 }
 SEED_SD = {"dpo": 0.008, "ppo": 0.018, "grpo": 0.012}
+LEDGERS = {
+    "dpo": (4800, 0, 0, 398_212, 150, 41.2, 0.92e9),
+    "ppo": (1280, 10_240, 398_212, 796_424, 160, 96.4, 1.41e9),
+    "grpo": (1280, 10_240, 401_007, 398_212, 40, 71.3, 1.04e9),
+}
 PROMPTS_PER_TASK = 100
 SAMPLES = 4
 
@@ -98,10 +106,13 @@ def fake_results(seed: int = 0, seeds: tuple[int, ...] = SEEDS) -> Results:
             "wall_seconds": 812.4,
         },
         "shared": {
-            "sft": {"hash": "9f2c41d07ab35e18", "seconds": 61.3, "prompts": 6400, "completions": 0}
-            | {"generated_tokens": 0, "trained_tokens": 262144, "optimizer_steps": 200, "peak_memory_bytes": 0.61e9},
-            "reward_model": {"hash": "03be77c1da20f649", "accuracy": 0.83, "seconds": 44.9, "prompts": 3200}
-            | {"completions": 6400, "trained_tokens": 301234, "optimizer_steps": 100, "peak_memory_bytes": 0.72e9},
+            "sft": {"hash": "9f2c41d07ab35e18", "ledger": _ledger(6400, 0, 0, 262_144, 200, 61.3, 0.61e9)},
+            "reward_model": {
+                "hash": "03be77c1da20f649",
+                "ledger": _ledger(3200, 6400, 256_000, 301_234, 100, 44.9, 0.72e9),
+                "metrics": {"preference/accuracy": 0.83, "safety/accuracy": 0.91},
+                "intervals": {"preference/accuracy": [0.79, 0.866]},
+            },
         },
         "arms": arms,
         "comparisons": list(_comparisons(scores, seeds)),
@@ -110,38 +121,45 @@ def fake_results(seed: int = 0, seeds: tuple[int, ...] = SEEDS) -> Results:
     }
 
 
-def edge_cases() -> dict[str, Results]:
-    """Studies that went wrong or are small, by name."""
-    failed = fake_results()
-    ppo, grpo = _arm(failed, "ppo"), _arm(failed, "grpo")
-    for run in ppo["runs"]:
+def failed() -> Results:
+    """All PPO runs and one of GRPO failed."""
+    results = fake_results()
+    for run in _arm(results, "ppo")["runs"]:
         _fail(run, "the ratio at the first step was 1.3, not 1")
-    _fail(grpo["runs"][2], "killed for memory at phase 12")
-    failed["comparisons"] = [row for row in failed["comparisons"] if "ppo" not in (row["arm"], row["against"])]
-    for row in failed["comparisons"]:
-        row["per_seed"].pop("777", None) if row["arm"] == "grpo" else None
+    _fail(_arm(results, "grpo")["runs"][2], "killed for memory at phase 12")
+    results["comparisons"] = [row for row in results["comparisons"] if "ppo" not in (row["arm"], row["against"])]
+    for row in results["comparisons"]:
+        if "grpo" in (row["arm"], row["against"]):
+            del row["per_seed"]["777"]
+    for sample in results["samples"]:
+        del sample["completions"]["ppo"], sample["completions"]["grpo"][2]
+    return results
 
-    bare = fake_results(seeds=(42,))
-    for arm in bare["arms"]:
+
+def bare() -> Results:
+    """One seed; no curves, ledgers, samples or notes."""
+    results = fake_results(seeds=(42,))
+    for arm in results["arms"]:
         for run in arm["runs"]:
-            run["curves"] = {}
-            run["ledger"] = {}
-    bare["samples"], bare["notes"] = [], []
+            run |= {"curves": {}, "ledger": {}}
+    return results | {"samples": [], "notes": []}
 
-    broken = fake_results()
-    for row in broken["comparisons"]:
+
+def broken() -> Results:
+    """Intervals that are missing, of width 0 or absurdly wide; metrics that are null or NaN."""
+    results = fake_results()
+    for row in results["comparisons"]:
         if row["arm"] == "dpo":
-            row["low"] = row["high"] = float("nan")
+            row |= {"low": float("nan"), "high": None}
         if row["arm"] == "grpo":
-            row["low"] = row["high"] = row["mean"]
+            row |= {"low": row["mean"], "high": row["mean"]}
         if row["arm"] == "ppo":
-            row["low"], row["high"], row["verdict"] = row["mean"] - 2.0, row["mean"] + 3.0, "inconclusive"
-    for arm in broken["arms"]:
+            row |= {"low": row["mean"] - 2.0, "high": row["mean"] + 3.0, "verdict": "inconclusive"}
+    for arm in results["arms"]:
         for run in arm["runs"]:
-            run["metrics"]["kl_per_sequence"] = None
-            run["metrics"]["length"] = float("nan")
+            run["metrics"] |= {"policy/kl_per_sequence": None, "completion/length": float("nan")}
             run["curves"].pop("reward/mean", None)
-    return {"failed": failed, "bare": bare, "broken": broken, "hostile": with_text(fake_results(), HOSTILE)}
+    return results
 
 
 HOSTILE = (
@@ -150,9 +168,9 @@ HOSTILE = (
 )
 
 
-def with_text(results: Mapping[str, Any], text: str) -> Results:
+def with_text(results: Results, text: str) -> Results:
     """A copy with `text` appended to every free text that a model, a user or an error can put into the results."""
-    results = copy.deepcopy(dict(results))
+    results = copy.deepcopy(results)
     results["name"] += text
     results["notes"] = [note + text for note in results["notes"]]
     results["environment"]["platform"] += text
@@ -160,7 +178,7 @@ def with_text(results: Mapping[str, Any], text: str) -> Results:
     results["plan"] |= {key: f"{results['plan'][key]} {text}" for key in ("budget_note", "tuning_note", "model")}
     results["plan"]["arm_recipes"] = {"dpo": {"name": text, text: 1}}
     results["shared"]["sft"]["hash"] = text
-    results["shared"]["reward_model"][text] = 1.0
+    results["shared"]["reward_model"]["metrics"][text] = 1.0
     for arm in results["arms"]:
         arm["label"] += text
         for run in arm["runs"]:
@@ -176,22 +194,24 @@ def with_text(results: Mapping[str, Any], text: str) -> Results:
 
 
 def _arm(results: Results, name: str) -> dict[str, Any]:
-    return next(arm for arm in results["arms"] if arm["name"] == name)
+    found: dict[str, Any] = next(arm for arm in results["arms"] if arm["name"] == name)
+    return found
 
 
 def _fail(run: dict[str, Any], error: str) -> None:
-    run |= {"status": "failed", "error": error, "metrics": {}, "scores": {}, "curves": {}}
+    kept = {"seed": run["seed"], "folder": run["folder"], "status": "failed", "error": error}
+    run.clear()
+    run.update(kept)
 
 
-def _scores(rng: np.random.Generator, arm: str, hardness: np.ndarray) -> np.ndarray:
+def _scores(rng: np.random.Generator, arm: str, hardness: Floats) -> Floats:
     """One run's mean over its samples for every prompt (P,), in quarters."""
     means = np.repeat(MEANS[arm], PROMPTS_PER_TASK) + rng.normal(0.0, SEED_SD.get(arm, 0.0))
-    return rng.binomial(SAMPLES, np.clip(means + hardness, 0.02, 0.98)) / SAMPLES
+    return np.asarray(rng.binomial(SAMPLES, np.clip(means + hardness, 0.02, 0.98)) / SAMPLES, dtype=np.float64)
 
 
-def _run(rng: np.random.Generator, arm: str, ids: list[str], scores: np.ndarray, seed: int | None) -> dict[str, Any]:
+def _run(rng: np.random.Generator, arm: str, ids: list[str], scores: Floats, seed: int | None) -> dict[str, Any]:
     by_task = scores.reshape(len(TASKS), PROMPTS_PER_TASK).mean(axis=1)
-    online = arm in ("ppo", "grpo")
     kl = {"dpo": 3.9, "ppo": 2.1, "grpo": 3.0}.get(arm, 0.0)
     length = {"start": 47.3, "dpo": 46.2, "ppo": 38.9, "grpo": 40.8}.get(arm, 38.1)
     return {
@@ -205,28 +225,23 @@ def _run(rng: np.random.Generator, arm: str, ids: list[str], scores: np.ndarray,
         "metrics": {
             "score": float(scores.mean()),
             **{f"{task}/score": float(mean) for task, mean in zip(TASKS, by_task, strict=True)},
-            "length": length + float(rng.normal(0, 0.4)),
-            "kl_per_sequence": kl + float(rng.normal(0, 0.1)) * (kl > 0),
-            "distinct_2": 0.62 + float(rng.normal(0, 0.01)),
-            "finish_rate": 0.97,
+            "completion/length": length + float(rng.normal(0, 0.4)),
+            "completion/distinct_2": 0.62 + float(rng.normal(0, 0.01)),
+            "completion/stop_fraction": 0.97,
             "reasoning/format_rate": {"start": 0.41, "sft": 0.88}.get(arm, 0.97),
             "safety/over_refusal_rate": {"start": 0.12, "dpo": 0.19}.get(arm, 0.09),
+            **({"policy/kl_per_sequence": kl + float(rng.normal(0, 0.1))} if arm not in BASELINES else {}),
         },
-        "ledger": {
-            "prompts": 1280 if online else 4800,
-            "completions": 10240 if online else 0,
-            "generated_tokens": 398_212 if online else 0,
-            "trained_tokens": 796_424 if arm == "ppo" else 398_212,
-            "optimizer_steps": {"ppo": 160, "grpo": 40}.get(arm, 150),
-            "seconds": {"dpo": 41.2, "ppo": 96.4, "grpo": 71.3}.get(arm, 0.0) + float(rng.normal(0, 1)),
-            "peak_memory_bytes": {"dpo": 0.92e9, "ppo": 1.41e9, "grpo": 1.04e9}[arm],
-        }
-        if arm not in BASELINES
-        else {},
+        "ledger": {} if arm in BASELINES else _ledger(*LEDGERS[arm]),
         "curves": _curves(rng, arm, float(np.mean(MEANS["sft"])), float(scores.mean()), kl, length)
         if arm not in BASELINES
         else {},
     }
+
+
+def _ledger(*values: float) -> dict[str, float]:
+    names = ("prompts", "completions", "generated_tokens", "trained_tokens", "optimizer_steps", "seconds")
+    return dict(zip((*names, "peak_memory_bytes"), values, strict=True)) | {"trained_rows": 1.0, "phases": 1.0}
 
 
 def _curves(
@@ -248,20 +263,19 @@ def _curves(
     return curves if arm == "dpo" else curves | {"reward/mean": curve(0.1, 1.2 if arm == "grpo" else 1.15, 0.05)}
 
 
-def _comparisons(scores: Mapping[str, list[np.ndarray]], seeds: tuple[int, ...]) -> Any:
+def _comparisons(scores: Scores, seeds: tuple[int, ...]) -> Iterator[dict[str, Any]]:
     methods = [arm for arm in LABELS if arm not in BASELINES]
-    yield _comparison(scores, "sft", "start", None, (None,))
-    for arm in methods:
-        for task in (None, *TASKS):
+    for task in (None, *TASKS):
+        yield _comparison(scores, "sft", "start", task, (None,))
+        for arm in methods:
             yield _comparison(scores, arm, "sft", task, seeds)
-    for arm, against in itertools.combinations(reversed(methods), 2):
-        row = _comparison(scores, arm, against, None, seeds)
-        means = [[run.mean() for run in scores[name]] for name in (arm, against)]
-        yield row | {"effect": asdict(effect(*means))}
+        for arm, against in itertools.combinations(methods, 2):
+            ours, theirs = ([float(run.mean()) for run in scores[name]] for name in (arm, against))
+            yield _comparison(scores, arm, against, task, seeds) | {"effect": asdict(effect(ours, theirs))}
 
 
 def _comparison(
-    scores: Mapping[str, list[np.ndarray]], arm: str, against: str, task: str | None, seeds: tuple[int | None, ...]
+    scores: Scores, arm: str, against: str, task: str | None, seeds: tuple[int | None, ...]
 ) -> dict[str, Any]:
     where = slice(None) if task is None else slice(PROMPTS_PER_TASK * TASKS.index(task), None)
     where = where if task is None else slice(where.start, where.start + PROMPTS_PER_TASK)
@@ -309,30 +323,41 @@ def _plan(seeds: tuple[int, ...]) -> dict[str, Any]:
 
 
 def _samples(rng: np.random.Generator, seeds: tuple[int, ...]) -> list[dict[str, Any]]:
-    samples = []
-    for index in range(3):
-        for task, (prompt, answer, good, bad) in TEXTS.items():
-            completions = {}
-            for arm in LABELS:
-                draws = [
-                    bool(rng.random() < MEANS[arm][TASKS.index(task)]) for _ in seeds[: 1 if arm in BASELINES else None]
-                ]
-                completions[arm] = [
-                    {
-                        "text": good if right else bad,
-                        "score": (1.0 if right else 0.37 if task == "clinical" else 0.0),
-                        "seed": None if arm in BASELINES else seed,
-                        "finish_reason": "length" if task == "clinical" and not right else "stop",
-                    }
-                    for seed, right in zip(seeds, draws)
-                ]
-            samples.append({"prompt_id": f"{task}/test/{index}", "task": task, "prompt": prompt, "answer": answer})
-            samples[-1]["completions"] = completions
-    return samples
+    return [
+        {
+            "prompt_id": f"{task}/test/{index}",
+            "task": task,
+            "prompt": TEXTS[task][0],
+            "answer": TEXTS[task][1],
+            "completions": {
+                arm: [_completion(rng, arm, task, seed) for seed in ((None,) if arm in BASELINES else seeds)]
+                for arm in LABELS
+            },
+        }
+        for index in range(3)
+        for task in TASKS
+    ]
 
+
+def _completion(rng: np.random.Generator, arm: str, task: str, seed: int | None) -> dict[str, Any]:
+    right = bool(rng.random() < MEANS[arm][TASKS.index(task)])
+    return {
+        "text": TEXTS[task][2 if right else 3],
+        "score": 1.0 if right else 0.37 if task == "clinical" else 0.0,
+        "seed": seed,
+        "finish_reason": "length" if task == "clinical" and not right else "stop",
+    }
+
+
+def hostile() -> Results:
+    """Every free text is an attack."""
+    return with_text(fake_results(), HOSTILE)
+
+
+CASES = {"plain": fake_results, "failed": failed, "bare": bare, "broken": broken, "hostile": hostile}
 
 if __name__ == "__main__":
     from alignlab.study.report import write_report
 
-    for case, content in {"plain": fake_results(), **edge_cases()}.items():
-        write_report(content, Path(sys.argv[1]) / f"{case}.html")
+    for name, case in CASES.items():
+        write_report(case(), Path(sys.argv[1]) / f"{name}.html")

@@ -6,14 +6,15 @@ what happened. It never touches an optimiser, a log or a file; the loop in `trai
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Protocol
 
+import torch
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
-from alignlab.forward import Scores
-from alignlab.models import Model, ScalarModel
+from alignlab.functional.masked import aggregate, masked_mean
+from alignlab.models import Model, unwrap
 from alignlab.rollout import Source
 from alignlab.types import Batch, Directive, LoopState, LossOutput, Phase, Role
 
@@ -56,19 +57,39 @@ class Algorithm(Protocol):
 
 def masked_sum(values: Tensor, batch: Batch) -> tuple[float, float]:
     """(sum over completion tokens, number of completion tokens), as a metric's contribution."""
-    from alignlab.functional.masked import aggregate
-
     return aggregate(values.detach(), batch.completion_mask).item(), float(batch.completion_mask.sum().item())
 
 
-def completion_tokens(batches: tuple[Batch, ...]) -> float:
+def gap(actual: Tensor, expected: Tensor, batch: Batch) -> float:
+    """Mean |actual - expected| over completion tokens: how far from true an identity of two (B, T) tensors is.
+
+    A mean, because the largest of many rounding errors grows with their number.
+    """
+    return masked_mean((actual - expected).detach().abs(), batch.completion_mask).item()
+
+
+def completion_tokens(batches: Sequence[Batch]) -> float:
     """Completion tokens of all microbatches of a step: the normaliser of a token mean."""
     return float(sum(int(b.completion_mask.sum()) for b in batches))
 
 
-def completion_rows(batches: tuple[Batch, ...]) -> float:
+def completion_rows(batches: Sequence[Batch]) -> float:
     """Rows of all microbatches of a step."""
     return float(sum(len(b) for b in batches))
 
 
-__all__ = ["Algorithm", "Hyperparameters", "Model", "Models", "ScalarModel", "Scores", "completion_rows", "completion_tokens", "masked_sum"]
+def numbers_dtype(model: Model) -> torch.dtype:
+    """The type in which logprobs, values and rewards of a model are kept: float32, float64 for a float64 model."""
+    return torch.promote_types(next(unwrap(model).parameters()).dtype, torch.float32)
+
+
+__all__ = [
+    "Algorithm",
+    "Hyperparameters",
+    "Models",
+    "completion_rows",
+    "completion_tokens",
+    "gap",
+    "masked_sum",
+    "numbers_dtype",
+]

@@ -1,8 +1,8 @@
 """Direct preference optimisation (arXiv:2305.18290): pairs -> policy and reference logprobs -> logistic loss.
 
-L = mean over pairs of -log sigmoid(beta h), h = [log pi(y_w) - log ref(y_w)] - [log pi(y_l) - log ref(y_l)], log pi(y) the
-sum over the completion's tokens, the stop token included. The sign makes the chosen completion likelier than the rejected
-one, relative to the reference.
+L = mean over pairs of -log sigmoid(beta h), h = [log pi(y_w) - log ref(y_w)] - [log pi(y_l) - log ref(y_l)], with
+log pi(y) the sum over the completion's tokens, the stop token included. The sign makes the chosen completion likelier
+than the rejected one, relative to the reference.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from alignlab.algorithms import Hyperparameters, Models, completion_rows
+from alignlab.algorithms import Hyperparameters, Models, completion_rows, gap
 from alignlab.forward import score
 from alignlab.functional.preference import preference_loss
 from alignlab.rollout import Source
@@ -66,7 +66,8 @@ class DPO(Hyperparameters):
 
     def loss(self, models: Models, batch: Batch, state: LoopState) -> LossOutput:
         assert batch.reference_logprobs is not None
-        chosen, rejected = self._completions(score(models["policy"], batch).logprobs, batch)
+        logprobs = score(models["policy"], batch).logprobs
+        chosen, rejected = self._completions(logprobs, batch)
         reference_chosen, reference_rejected = self._completions(batch.reference_logprobs, batch)
         terms = preference_loss(
             chosen, rejected, reference_chosen, reference_rejected,
@@ -85,7 +86,15 @@ class DPO(Hyperparameters):
             "policy/logprobs_chosen": (chosen.sum().item(), pairs),
             "policy/logprobs_rejected": (rejected.sum().item(), pairs),
         }
-        return LossOutput(terms.sum(), sums, self._identities(terms, chosen - reference_chosen, state))
+        if state.step > 0:
+            return LossOutput(terms.sum(), sums)
+        # Before the first update policy and reference are the same model: no KL, and every pair costs the same.
+        at_start = {"sigmoid": math.log(2), "hinge": 1.0, "ipo": 1 / (2 * self.beta) ** 2}[self.loss_kind]
+        identities = {
+            "the loss over its value at policy = reference, minus 1": terms.mean().item() / at_start - 1,
+            "KL to the reference": gap(logprobs, batch.reference_logprobs, batch),
+        }
+        return LossOutput(terms.sum(), sums, identities)
 
     def _completions(self, logprobs: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
         """(B, T) logprobs -> one number a completion, chosen and rejected."""
@@ -94,16 +103,6 @@ class DPO(Hyperparameters):
             totals = totals / batch.completion_mask.sum(-1)
         chosen, rejected = totals.chunk(2)
         return chosen, rejected
-
-    def _identities(self, terms: Tensor, drift: Tensor, state: LoopState) -> dict[str, float]:
-        """Before the first update policy and reference are the same model: no drift, and every pair costs the same."""
-        if state.step > 0:
-            return {}
-        at_start = {"sigmoid": math.log(2), "hinge": 1.0, "ipo": 1 / (4 * self.beta**2)}[self.loss_kind]
-        return {
-            "loss at the start minus its value at policy = reference": terms.mean().item() / at_start - 1,
-            "KL to the reference": drift.abs().max().item(),
-        }
 
     def observe(self, state: LoopState, metrics: Mapping[str, float]) -> tuple[LoopState, Directive]:
         return state, Directive()

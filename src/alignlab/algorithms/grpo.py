@@ -1,8 +1,9 @@
-"""Group relative policy optimisation (arXiv:2402.03300): prompts -> groups of samples -> group advantages -> clipped steps.
+"""Group relative policy optimisation (arXiv:2402.03300): prompts -> groups of samples -> advantages -> clipped steps.
 
-Per token: -min(rho A, clip(rho, 1 - clip_low, 1 + clip_high) A) + kl_coef KL(pi || reference), A = (r - mean_group) / scale,
-rho = pi / pi_old. Terms meet one aggregation over the whole step. The sign makes completions that beat their siblings
-likelier. A loss near 0 is normal: at ratio 1 the advantages of a group cancel, their gradients do not.
+Per token: -min(rho A, clip(rho, 1 - clip_low, 1 + clip_high) A) + kl_coef KL(pi || reference), with rho = pi / pi_old
+and A = (r - mean of the group) / scale. Terms meet one aggregation over the whole step. The sign makes completions that
+beat their siblings likelier. A loss near 0 is normal: at ratio 1 the advantages of a group cancel, their gradients do
+not.
 """
 
 from __future__ import annotations
@@ -14,7 +15,15 @@ from typing import ClassVar, Literal
 import torch
 from pydantic import Field
 
-from alignlab.algorithms import Hyperparameters, Models, completion_rows, completion_tokens, masked_sum
+from alignlab.algorithms import (
+    Hyperparameters,
+    Models,
+    completion_rows,
+    completion_tokens,
+    gap,
+    masked_sum,
+    numbers_dtype,
+)
 from alignlab.forward import score
 from alignlab.functional.advantages import group_advantages
 from alignlab.functional.kl import kl_estimate
@@ -43,7 +52,7 @@ class GRPO(Hyperparameters):
     temperature: float = Field(1.0, gt=0)
     """Sampling temperature; every logprob of the method is at this temperature."""
     scale: Literal["group", "batch", "none"] = "group"
-    """What centred rewards are divided by: the group's standard deviation (the paper), the batch's, or nothing (Dr. GRPO)."""
+    """What divides centred rewards: the group's standard deviation (the paper), the batch's, or nothing (Dr. GRPO)."""
     clip_low: float = Field(0.2, gt=0, lt=1)
     clip_high: float = Field(0.2, gt=0)
     """Ratio range 1 - clip_low .. 1 + clip_high (epsilon); DAPO's clip-higher is 0.28."""
@@ -54,9 +63,8 @@ class GRPO(Hyperparameters):
     kl_estimator: Literal["k1", "k2", "k3"] = "k3"
     """Per-token estimator, differentiated; k3 is the paper's, k2 has the gradient of the true KL on policy."""
     aggregation: Literal["token", "sequence", "constant"] = "sequence"
-    """Mean over rows of token means (the paper), over all tokens of the step (DAPO), or by a constant length (Dr. GRPO)."""
-    constant_length: int = Field(64, ge=1)
-    """Tokens a row counts for in the `constant` aggregation; set it to the completion limit."""
+    """Mean over rows of token means (the paper), over all tokens of the step (DAPO), or the sum over rows times the
+    completion limit (Dr. GRPO)."""
 
     def models(self) -> Mapping[str, Role]:
         policy = Role(learning_rate=self.learning_rate, max_grad_norm=self.max_grad_norm)
@@ -64,7 +72,7 @@ class GRPO(Hyperparameters):
 
     def collect(self, models: Models, source: Source, state: LoopState) -> tuple[Phase, LoopState]:
         groups = source.rollouts(models["policy"], self.prompts_per_phase, self.group_size, state)
-        batch = source.batch(groups)
+        batch = source.batch(groups, numbers_dtype(models["policy"]))
         assert batch.old_logprobs is not None
         advantages = group_advantages(reward_tensor(groups, batch.old_logprobs), self.group_size, scale=self.scale)
         batch = replace(batch, advantages=torch.where(batch.completion_mask, advantages[:, None], 0.0))
@@ -78,7 +86,7 @@ class GRPO(Hyperparameters):
         normaliser = {
             "token": completion_tokens(pieces),
             "sequence": completion_rows(pieces),
-            "constant": completion_rows(pieces) * self.constant_length,
+            "constant": completion_rows(pieces) * source.sampling.max_completion_tokens,
         }[self.aggregation]
         return Phase((Step(pieces, normaliser),) * self.epochs, rollout_metrics(groups), groups), state
 
@@ -97,19 +105,18 @@ class GRPO(Hyperparameters):
             "policy/ratio": masked_sum(log_ratio.exp(), batch),
         }
         identities = {
-            "log ratio (old against current policy)": log_ratio.abs().max().item(),
-            "clip fraction": sums["policy/clip_fraction"][0],
+            "the log ratio of policy to sampling policy": gap(scores.logprobs, batch.old_logprobs, batch),
+            "the clip fraction": gap(is_clipped.float(), torch.zeros_like(log_ratio), batch),
         }
         if batch.reference_logprobs is not None:
-            kl = kl_estimate(scores.logprobs, batch.reference_logprobs, self.kl_estimator)
-            terms = terms + self.kl_coef * kl
+            terms = terms + self.kl_coef * kl_estimate(scores.logprobs, batch.reference_logprobs, self.kl_estimator)
             drift = torch.where(mask, scores.logprobs - batch.reference_logprobs, 0.0)
             sums |= {
                 "policy/kl_per_token": masked_sum(drift, batch),
                 "policy/kl_per_sequence": (drift.sum().item(), float(len(batch))),
             }
             if state.step == 0:
-                identities["KL to the reference"] = drift.abs().max().item()
+                identities["KL to the reference"] = gap(scores.logprobs, batch.reference_logprobs, batch)
         return LossOutput(aggregate(terms, mask, self.aggregation), sums, identities)
 
     def observe(self, state: LoopState, metrics: Mapping[str, float]) -> tuple[LoopState, Directive]:

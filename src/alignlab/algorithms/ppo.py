@@ -1,7 +1,7 @@
-"""PPO for language models (arXiv:1707.06347, details arXiv:2403.17031): rollouts -> token rewards -> GAE -> clipped steps.
+"""PPO for language models (arXiv:1707.06347, details arXiv:2403.17031): rollouts -> token rewards -> GAE -> steps.
 
 1. score the completions; a missing stop token costs `missing_stop_penalty`; clip the score if asked to
-2. token reward r_t = -kl_coef (log pi_old - log ref), plus the score on the last action (sparse) or in equal shares (dense)
+2. token reward r_t = -kl_coef (log pi_old - log ref), plus the score on the last action (sparse) or spread (dense)
 3. advantages and returns by GAE (arXiv:1506.02438), V_T = 0 at a stop; then whiten the advantages
 4. epochs x minibatches of: max(-A rho, -A clip(rho)) + value_coef 1/2 max((V - R)^2, (clip(V) - R)^2) - entropy_coef H
 The sign makes actions with positive advantage likelier. The critic reads the state before each action.
@@ -14,12 +14,11 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import ClassVar, Literal
 
-import numpy as np
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor
 
-from alignlab.algorithms import Hyperparameters, Models, completion_tokens, masked_sum
+from alignlab.algorithms import Hyperparameters, Models, completion_tokens, gap, masked_sum, numbers_dtype
 from alignlab.forward import final_values, score, score_and_values, values
 from alignlab.functional.advantages import gae
 from alignlab.functional.kl import kl_estimate
@@ -44,7 +43,7 @@ class PPO(Hyperparameters):
     max_grad_norm: float = Field(1.0, gt=0)
     """Gradient norm above which a role's gradients are scaled down."""
     critic: Literal["own", "shared"] = "own"
-    """The critic's trunk: its own copy of the starting policy's, or the policy's (then value gradients reach the policy)."""
+    """The critic's trunk: a copy of the starting policy's, or the policy's own, which value gradients then reach."""
     value_warmup_steps: int = Field(0, ge=0)
     """Optimiser steps at the start in which only the critic learns."""
     prompts_per_phase: int = Field(64, ge=1)
@@ -96,6 +95,12 @@ class PPO(Hyperparameters):
     stop_epochs_above_kl: float | None = Field(None, gt=0)
     """Mean approximate KL to the sampling policy (nats a token) at which the phase ends early; null = never."""
 
+    @model_validator(mode="after")
+    def _adaptive_starts_above_zero(self) -> PPO:
+        if self.kl_controller == "adaptive" and not self.kl_coef:
+            raise ValueError("kl_controller adaptive multiplies kl_coef, so kl_coef must start above 0")
+        return self
+
     def models(self) -> Mapping[str, Role]:
         return {
             "policy": Role(
@@ -110,78 +115,79 @@ class PPO(Hyperparameters):
     def collect(self, models: Models, source: Source, state: LoopState) -> tuple[Phase, LoopState]:
         kl_coef = state.algorithm.get("kl_coef", self.kl_coef)
         groups = source.rollouts(models["policy"], self.prompts_per_phase, self.group_size, state)
-        batch = source.batch(groups)
-        reference, old_values, bootstrap = self._before_update(models, source, batch)
+        batch = source.batch(groups, numbers_dtype(models["policy"]))
+        batch, after_cutoff = self._before_update(models, source, batch, stopped_tensor(groups, batch.input_ids))
         mask = batch.completion_mask
-        assert batch.old_logprobs is not None
-        kl = torch.where(mask, kl_estimate(batch.old_logprobs, reference, self.kl_estimator), 0.0)
-        token_rewards = self._token_rewards(groups, batch, kl_coef * kl)
-        if self.whiten_rewards:
-            token_rewards = masked_whiten(token_rewards, mask, shift_mean=False)
-        cut_off = ~stopped_tensor(groups, mask)
+        assert batch.old_logprobs is not None and batch.reference_logprobs is not None and batch.old_values is not None
+        kl = torch.where(mask, kl_estimate(batch.old_logprobs, batch.reference_logprobs, self.kl_estimator), 0.0)
+        token_rewards = self._token_rewards(groups, mask, kl_coef * kl)
         advantages, returns = gae(
-            token_rewards, old_values, mask, gamma=self.gamma, gae_lambda=self.gae_lambda,
-            bootstrap_values=torch.where(cut_off, bootstrap, 0.0) if self.at_cutoff == "bootstrap" else None,
+            masked_whiten(token_rewards, mask, shift_mean=False) if self.whiten_rewards else token_rewards,
+            batch.old_values, mask, gamma=self.gamma, gae_lambda=self.gae_lambda, bootstrap_values=after_cutoff,
         )  # fmt: skip
         if self.whiten_advantages:
             advantages = masked_whiten(advantages, mask)
-        batch = replace(
-            batch, reference_logprobs=reference, old_values=old_values, returns=returns, advantages=advantages
-        )
-        drift = torch.where(mask, batch.old_logprobs - reference, 0.0)
+        drift = torch.where(mask, batch.old_logprobs - batch.reference_logprobs, 0.0)
         kl_per_sequence = drift.sum(-1).mean().item()
         metrics = rollout_metrics(groups) | {
             "policy/kl_coef": kl_coef,
             "policy/kl_per_sequence": kl_per_sequence,
             "policy/kl_per_token": (drift.sum() / mask.sum()).item(),
-            "reward/minus_kl": (token_rewards.sum() / len(batch)).item() if not self.whiten_rewards else float("nan"),
-            "value/explained_variance": explained_variance(old_values, returns, mask),
+            "reward/minus_kl": token_rewards.sum(-1).mean().item(),
+            "value/explained_variance": explained_variance(batch.old_values, returns, mask),
         }
-        return Phase(self._steps(source, batch, state), metrics, groups), self._controlled(state, kl_coef, kl_per_sequence, len(batch))
+        steps = self._steps(source, replace(batch, advantages=advantages, returns=returns), state)
+        return Phase(steps, metrics, groups), self._controlled(state, kl_coef, kl_per_sequence, len(batch))
 
-    def _before_update(self, models: Models, source: Source, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
-        """Reference logprobs (B, T), values (B, T) and the value of the state after the last token (B,), no gradient."""
-        reference, old_values = torch.zeros_like(batch.old_logprobs), torch.zeros_like(batch.old_logprobs)  # type: ignore[arg-type]
-        bootstrap = torch.zeros(len(batch), dtype=reference.dtype, device=reference.device)
+    def _before_update(
+        self, models: Models, source: Source, batch: Batch, stopped: Tensor
+    ) -> tuple[Batch, Tensor | None]:
+        """The batch with reference logprobs and values, and what GAE starts from at each row's end (B,); no gradient.
+
+        That is 0 where the completion stopped by itself, and the critic's value where it was cut off.
+        """
+        assert batch.old_logprobs is not None
+        reference, old_values = torch.zeros_like(batch.old_logprobs), torch.zeros_like(batch.old_logprobs)
+        after_cutoff = torch.zeros_like(reference[:, 0]) if self.at_cutoff == "bootstrap" else None
         with torch.no_grad():
             for rows, piece in source.numbered_microbatches(batch):
                 width = piece.input_ids.shape[1]
                 reference[rows, :width] = score(models["reference"], piece, temperature=self.temperature).logprobs
-                old_values[rows, :width] = values(models["value_model"], piece).to(old_values.dtype)
-                if self.at_cutoff == "bootstrap":
-                    bootstrap[rows] = final_values(models["value_model"], piece).to(bootstrap.dtype)
-        return reference, old_values, bootstrap
+                old_values[rows, :width] = values(models["value_model"], piece)
+                if after_cutoff is not None:
+                    after_cutoff[rows] = final_values(models["value_model"], piece)
+        if after_cutoff is not None:
+            after_cutoff = torch.where(stopped, 0.0, after_cutoff)
+        return replace(batch, reference_logprobs=reference, old_values=old_values), after_cutoff
 
-    def _token_rewards(self, groups: tuple[Group, ...], batch: Batch, kl_penalty: Tensor) -> Tensor:
+    def _token_rewards(self, groups: tuple[Group, ...], mask: Tensor, kl_penalty: Tensor) -> Tensor:
         """(B, T): minus the KL penalty, plus the completion's score on its last action or in equal shares."""
-        mask = batch.completion_mask
         scores = torch.nan_to_num(reward_tensor(groups, kl_penalty), nan=0.0)  # no reward applies: nothing to gain
         scores = scores - self.missing_stop_penalty * (~stopped_tensor(groups, mask)).to(scores.dtype)
         if self.score_clip is not None:
             scores = scores.clamp(-self.score_clip, self.score_clip)
         if self.reward_placement == "dense":
-            shares = torch.where(mask, (scores / mask.sum(-1))[:, None], 0.0)
-            return shares - kl_penalty
+            return torch.where(mask, (scores / mask.sum(-1))[:, None], 0.0) - kl_penalty
         columns = torch.arange(mask.shape[1], device=mask.device)
         last_action = (mask * columns).argmax(-1)
         return (-kl_penalty).scatter_add(1, last_action[:, None], scores[:, None])
 
     def _steps(self, source: Source, batch: Batch, state: LoopState) -> tuple[Step, ...]:
-        """Every epoch splits the rows anew; the split is a function of (seed, phase, epoch)."""
+        """Every epoch splits the rows anew, into minibatches whose sizes differ by one row at most."""
         steps = []
         for epoch in range(self.epochs):
-            digest = hashlib.sha256(f"ppo/{state.seed}/{state.phase}/{epoch}".encode()).digest()
-            order = np.random.default_rng(int.from_bytes(digest[:8], "little")).permutation(len(batch))
-            for rows in np.array_split(order, min(self.minibatches, len(batch))):
-                pieces = source.microbatches(batch.select(torch.from_numpy(rows).to(batch.input_ids.device)))
+            order = torch.tensor(shuffled(len(batch), f"ppo/{state.seed}/{state.phase}/{epoch}"))
+            for rows in order.to(batch.input_ids.device).tensor_split(min(self.minibatches, len(batch))):
+                pieces = source.microbatches(batch.select(rows))
                 steps.append(Step(pieces, completion_tokens(pieces)))
         return tuple(steps)
 
     def _controlled(self, state: LoopState, kl_coef: float, kl_per_sequence: float, completions: int) -> LoopState:
         """The coefficient of the next phase: beta (1 + clip(KL / target - 1, +-.2) n / horizon)."""
-        if self.kl_controller == "adaptive":
-            error = float(np.clip(kl_per_sequence / self.kl_target_per_sequence - 1, -0.2, 0.2))
-            kl_coef *= 1 + error * completions / self.kl_horizon
+        if self.kl_controller == "fixed":
+            return state
+        error = min(0.2, max(-0.2, kl_per_sequence / self.kl_target_per_sequence - 1))
+        kl_coef *= 1 + error * completions / self.kl_horizon
         return replace(state, algorithm={**state.algorithm, "kl_coef": kl_coef})
 
     def loss(self, models: Models, batch: Batch, state: LoopState) -> LossOutput:
@@ -194,8 +200,10 @@ class PPO(Hyperparameters):
         assert scores.entropy is not None
         log_ratio = torch.where(mask, scores.logprobs - batch.old_logprobs, 0.0)
         policy_terms = clipped_surrogate(log_ratio, batch.advantages, self.clip_low, self.clip_high)
-        value_terms = clipped_value_loss(value.to(batch.returns.dtype), batch.old_values, batch.returns, self.value_clip)
-        terms = policy_terms + self.value_coef * value_terms - self.entropy_coef * scores.entropy
+        value_terms = clipped_value_loss(value, batch.old_values, batch.returns, self.value_clip)
+        terms = policy_terms + self.value_coef * value_terms
+        if self.entropy_coef:  # an entropy that is differentiated costs a second pass over the vocabulary
+            terms = terms - self.entropy_coef * scores.entropy
         is_clipped = clipped(log_ratio, batch.advantages, self.clip_low, self.clip_high)
         sums = {
             "loss/policy": masked_sum(policy_terms, batch),
@@ -206,21 +214,29 @@ class PPO(Hyperparameters):
             "policy/ratio": masked_sum(log_ratio.exp(), batch),
             "value/mean": masked_sum(value, batch),
         }
+        if self.value_clip is not None:
+            moved = (value - batch.old_values).abs() > self.value_clip
+            sums["value/clip_fraction"] = masked_sum(moved.float(), batch)
         identities = {
-            "log ratio (old against current policy)": log_ratio.abs().max().item(),
-            "clip fraction": sums["policy/clip_fraction"][0],
-            "value change": torch.where(mask, value - batch.old_values, 0.0).abs().max().item(),
+            "the log ratio of policy to sampling policy": gap(scores.logprobs, batch.old_logprobs, batch),
+            "the clip fraction": gap(is_clipped.float(), torch.zeros_like(log_ratio), batch),
+            "the relative change of the values": gap(value, batch.old_values, batch)
+            / (1 + gap(batch.old_values, torch.zeros_like(value), batch)),
         }
         if state.step == 0:
-            drift = torch.where(mask, scores.logprobs - batch.reference_logprobs, 0.0)
-            identities["KL to the reference"] = drift.abs().max().item()
+            identities["KL to the reference"] = gap(scores.logprobs, batch.reference_logprobs, batch)
         return LossOutput(aggregate(terms, mask), sums, identities)
 
     def observe(self, state: LoopState, metrics: Mapping[str, float]) -> tuple[LoopState, Directive]:
         limit = self.stop_epochs_above_kl
         if limit is not None and metrics["policy/approx_kl"] > limit:
-            return state, Directive(action="end_phase", reason=f"approximate KL over {limit}")
+            return state, Directive(action="end_phase", reason=f"the approximate KL is over {limit} nats a token")
         return state, Directive()
+
+
+def shuffled(count: int, key: str) -> list[int]:
+    """A permutation of 0 .. count - 1 that is a function of the key, the same on every machine."""
+    return sorted(range(count), key=lambda i: hashlib.sha256(f"{key}/{i}".encode()).digest())
 
 
 def explained_variance(values: Tensor, returns: Tensor, mask: Tensor) -> float:

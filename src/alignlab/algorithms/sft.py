@@ -1,12 +1,14 @@
 """Supervised fine-tuning: demonstrations -> negative log-likelihood of their completions -> one step a phase.
 
 L = -1/N sum_t log pi(y_t | x, y_<t) over the N completion tokens of the whole optimiser step, the stop token included;
-prompt tokens are not trained. The sign makes likelier demonstrations a lower loss.
+prompt tokens are not trained (`prompt_weight`: or count for less, in the sum and in N). The sign makes likelier
+demonstrations a lower loss.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import ClassVar, Literal
 
 from pydantic import Field
@@ -32,17 +34,24 @@ class SFT(Hyperparameters):
     """Gradient norm above which gradients are scaled down."""
     examples_per_step: int = Field(32, ge=1)
     """Demonstrations an optimiser step, whatever the microbatch."""
+    prompt_weight: float = Field(0.0, ge=0, le=1)
+    """Weight of a prompt token in the loss beside 1 for a completion token; 0 masks the prompt. For pretraining."""
 
     def models(self) -> Mapping[str, Role]:
         return {"policy": Role(learning_rate=self.learning_rate, max_grad_norm=self.max_grad_norm)}
 
     def collect(self, models: Models, source: Source, state: LoopState) -> tuple[Phase, LoopState]:
         batches = source.example_batches(self.examples_per_step, state)
-        return Phase((Step(batches, completion_tokens(batches)),)), state
+        prompt_tokens = sum(int((b.attention_mask & ~b.completion_mask)[:, 1:].sum()) for b in batches)
+        return Phase((Step(batches, completion_tokens(batches) + self.prompt_weight * prompt_tokens),)), state
 
     def loss(self, models: Models, batch: Batch, state: LoopState) -> LossOutput:
-        nll = -score(models["policy"], batch).logprobs
-        return LossOutput(aggregate(nll, batch.completion_mask), {"policy/nll": masked_sum(nll, batch)})
+        scored = replace(batch, completion_mask=batch.attention_mask) if self.prompt_weight else batch
+        nll = -score(models["policy"], scored).logprobs
+        total = aggregate(nll, batch.completion_mask)
+        if self.prompt_weight:
+            total = total + self.prompt_weight * aggregate(nll, batch.attention_mask & ~batch.completion_mask)
+        return LossOutput(total, {"policy/nll": masked_sum(nll, batch)})
 
     def observe(self, state: LoopState, metrics: Mapping[str, float]) -> tuple[LoopState, Directive]:
         return state, Directive()

@@ -123,6 +123,7 @@ def _parse_jsonl(text: str, name: str) -> list[Record]:
 
 def _parse_csv(text: str, name: str, delimiter: str = ",") -> list[Record]:
     csv.field_size_limit(2**31 - 1)  # the default ends fields at 128 KiB
+    text = text.replace("\r\n", "\n")  # inside fields too, where it is how the file was saved, not what was said
     lines = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
     rows: list[Record] = []
     try:

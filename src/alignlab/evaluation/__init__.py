@@ -1,7 +1,7 @@
 """Held-out evaluation: a policy and graded prompts -> completions -> per-prompt scores and metrics.
 
-Scores come from the tasks' graders, not from the reward. Decoding is seeded by the prompt, the same for every model that is
-compared, so that models differ and dice do not.
+Scores come from the tasks' graders, not from the reward. Decoding is seeded by the prompt, the same for every model
+that is compared, so that models differ and dice do not.
 """
 
 from __future__ import annotations
@@ -100,8 +100,13 @@ def evaluate_policy(
         metrics=metrics,
         samples=[
             {
-                "prompt_id": p.id, "task": p.task, "text": c.text, "score": g.get("score"),
-                "finish_reason": c.finish_reason, "tokens": len(c.token_ids), "grade": g,
+                "prompt_id": p.id,
+                "task": p.task,
+                "text": c.text,
+                "score": g.get("score"),
+                "finish_reason": c.finish_reason,
+                "tokens": len(c.token_ids),
+                "grade": g,
             }
             for p, c, g in rows
         ],  # fmt: skip
@@ -160,7 +165,7 @@ def kl_metrics(
         batch = collate([rows[i] for i in index], pad_id=template.pad_id).to(device)
         total -= score(reference, batch, temperature=sampling.temperature).logprobs.double().sum().item()
     for _, completion in flat:
-        total += sum(completion.logprobs)
+        total += math.fsum(completion.logprobs)
         tokens += len(completion.token_ids)
     return {"policy/kl_per_sequence": total / len(flat), "policy/kl_per_token": total / tokens}
 
@@ -211,4 +216,13 @@ def nll_per_token(policy: Model, rows: Sequence[Row], template: Template, max_ro
     return total / tokens
 
 
-__all__ = ["Evaluation", "completion_metrics", "evaluate_policy", "evaluate_reward_model", "kl_metrics", "nll_per_token", "replace", "task_mean"]
+__all__ = [
+    "Evaluation",
+    "completion_metrics",
+    "evaluate_policy",
+    "evaluate_reward_model",
+    "kl_metrics",
+    "nll_per_token",
+    "replace",
+    "task_mean",
+]

@@ -67,9 +67,9 @@ def token_logprobs_and_entropy(
 ) -> tuple[Tensor, Tensor]:
     """`token_logprobs` and, from the same tiles, the entropy of each distribution: -sum_v p_v log p_v, in nats.
 
-    Arguments and errors are those of `token_logprobs`. Both results are (B, T) and differentiable; an entropy that is
-    only logged costs no matrix product, one that is trained on costs a second pass over the vocabulary when it is
-    differentiated (so detach it, rather than weigh it by 0).
+    Arguments and errors are those of `token_logprobs`. Both results are (B, T) and differentiable. An entropy that is
+    only logged, or weighed by 0, costs no matrix product; one that is trained on costs a second pass over the
+    vocabulary in the backward pass.
     """
     return _scored(hidden, weight, token_ids, temperature, logit_softcap, with_entropy=True)
 
@@ -78,14 +78,15 @@ def _scored(
     hidden: Tensor, weight: Tensor, token_ids: Tensor, temperature: float, softcap: float | None, *, with_entropy: bool
 ) -> tuple[Tensor, Tensor]:
     _check(hidden, weight, token_ids, temperature, softcap)
-    logprobs, entropy = _TokenLogprobs.apply(  # type: ignore[no-untyped-call]
-        hidden.reshape(-1, hidden.shape[-1]),
-        weight,
-        token_ids.reshape(-1, 1).long(),
-        _Scaling(temperature, softcap),
-        with_entropy,
-        torch.is_grad_enabled() and hidden.requires_grad and not weight.requires_grad,
-    )
+    with torch.autocast(hidden.device.type, enabled=False):  # the backward pass runs outside it, and has to agree
+        logprobs, entropy = _TokenLogprobs.apply(  # type: ignore[no-untyped-call]
+            hidden.reshape(-1, hidden.shape[-1]),
+            weight,
+            token_ids.reshape(-1, 1).long(),
+            _Scaling(temperature, softcap),
+            with_entropy,
+            torch.is_grad_enabled() and hidden.requires_grad and not weight.requires_grad,
+        )
     return logprobs.view(token_ids.shape), entropy.view(token_ids.shape) if with_entropy else entropy
 
 
@@ -183,47 +184,53 @@ def _score_rows(
     with_entropy: bool,
     with_gradient: bool,
 ) -> _Scored:
-    """Streams the vocabulary past hidden (R, H); sums are of e^(logit - top), with top the maximum so far."""
+    """Streams the vocabulary past hidden (R, H).
+
+    Sums are of e^(logit - top), with top the maximum so far, and leave out the taken token: it enters at the end, where
+    1 - p is the others' share, exactly. Beside a p near 1 the rest would drown.
+    """
     dtype = _compute_dtype(hidden)
     column = hidden.new_zeros((len(hidden), 1), dtype=dtype)
     top = torch.full_like(column, torch.finfo(dtype).min)
-    mass = torch.zeros_like(column)  # sum of e^(logit - top)
+    taken, taken_slope = torch.zeros_like(column), torch.ones_like(column)  # its logit, and the slope of its cap
+    rest = torch.zeros_like(column)  # sum of e^(logit - top)
     moment = torch.zeros_like(column)  # sum of e^(logit - top) * (logit - top)
-    taken = torch.zeros_like(column)  # the taken token's logit, and the slope of its cap
-    taken_slope = torch.ones_like(column)
-    others = hidden.new_zeros(hidden.shape if with_gradient else (0,), dtype=dtype)  # sum over all but the taken token
+    pull = hidden.new_zeros(hidden.shape if with_gradient else (0,), dtype=dtype)  # sum of e^(logit - top) * slope * W
 
     for columns in columns_of_tiles:
         tile = weight[columns]
         logits, slope = scaling.logits(hidden, tile, with_slope=with_gradient)
         local, inside = _located(token_ids, columns)
         taken = torch.where(inside, logits.gather(1, local), taken)
+        if slope is not None:
+            taken_slope = torch.where(inside, slope.gather(1, local), taken_slope)
 
         previous, top = top, torch.maximum(top, logits.amax(1, keepdim=True))
         drop = (previous - top).clamp_(min=_VANISHED)
         decay = drop.exp()
         shifted = logits.sub_(top)
+        weights = shifted.clamp_(min=_VANISHED).exp() if with_entropy else shifted.exp_()
+        weights.scatter_(1, local, weights.gather(1, local).masked_fill_(inside, 0.0))
         if with_entropy:
-            weights = shifted.clamp_(min=_VANISHED).exp()
-            moment = decay * (moment + drop * mass) + shifted.mul_(weights).sum(1, keepdim=True)
-        else:
-            weights = shifted.exp_()
-        mass = decay * mass + weights.sum(1, keepdim=True)
+            moment = decay * (moment + drop * rest) + shifted.mul_(weights).sum(1, keepdim=True)
+        rest = decay * rest + weights.sum(1, keepdim=True)
         if with_gradient:
-            if slope is not None:
-                taken_slope = torch.where(inside, slope.gather(1, local), taken_slope)
-                weights.mul_(slope)
-            # The taken token is left out and enters at the end as 1 - p, exactly: beside p near 1 it would drown.
-            weights.scatter_(1, local, weights.gather(1, local).masked_fill_(inside, 0.0))
-            _add_product(others.mul_(decay), weights, tile)
+            _add_product(pull.mul_(decay), weights if slope is None else weights.mul_(slope), tile)
 
-    logprobs = taken - top - mass.log()
-    gradient = None
+    distance = taken - top
+    own = distance.exp()
+    mass = rest + own
+    log_mass = torch.log1p(
+        rest + torch.expm1(distance)
+    )  # log(mass), to full precision where the taken token is the top
+    logprobs = distance - log_mass
+    entropy, gradient = None, None
+    if with_entropy:
+        entropy = log_mass - (moment + own * distance.clamp(min=_VANISHED)) / mass
     if with_gradient:
-        own = weight[token_ids.squeeze(1)] * (-torch.expm1(logprobs) * taken_slope)
-        gradient = own.sub_(others.div_(mass)).div_(scaling.temperature)
-    entropy = mass.log() - moment / mass if with_entropy else None
-    return _Scored(logprobs, top + mass.log(), entropy, gradient)
+        gradient = weight[token_ids.squeeze(1)] * (rest / mass * taken_slope)
+        gradient = gradient.sub_(pull.div_(mass)).div_(scaling.temperature)
+    return _Scored(logprobs, top + log_mass, entropy, gradient)
 
 
 def _recomputed_gradients(

@@ -15,13 +15,12 @@ def length(
 ) -> list[float | None]:
     """Soft over-length punishment (DAPO, arXiv 2503.14476, eq. 13, whose L_max is `limit + buffer` here).
 
-    Applies to every prompt. Tokens are counted with the stop token. Raises ValueError unless limit >= 0 and buffer >= 1.
+    Applies to every prompt; the stop token counts. Raises ValueError unless limit >= 0 and buffer >= 1.
     """
     if limit < 0 or buffer < 1:
         raise ValueError(f"rewards.length: needs limit >= 0 and buffer >= 1, got {limit} and {buffer}")
     return [
-        overlength(len(completion.token_ids), limit, buffer)
-        for _, completion in zip(prompts, completions, strict=True)
+        overlength(len(completion.token_ids), limit, buffer) for _, completion in zip(prompts, completions, strict=True)
     ]
 
 

@@ -1,4 +1,4 @@
-"""One node of a study in a process of its own: shared stage, baseline or cell -> its run folder and a test evaluation."""
+"""One node of a study in its own process: shared stage, baseline or cell -> its run folder and a test evaluation."""
 
 from __future__ import annotations
 
@@ -16,7 +16,9 @@ from alignlab.errors import UserError
 from alignlab.evaluation import Evaluation, evaluate_policy
 from alignlab.generate import Sampling
 from alignlab.models import frozen_policy, hush_progress_bars, load_generation_config, load_tokenizer, pick_device
-from alignlab.pipeline import Session, StageResult, cached_stage, model_choice, run_stage, validation_prompts
+from alignlab.pipeline import Session, StageResult, cached_stage, run_stage
+from alignlab.pipeline.items import validation_prompts
+from alignlab.pipeline.stage import model_choice
 from alignlab.recipe import Recipe, Stage, load_recipe
 from alignlab.rollout import Limits
 from alignlab.study.plan import Node, Study, arm_recipe, nodes
@@ -83,7 +85,9 @@ def _test(study: Study, stage: Stage, model: str, session: Session, start: Stage
     samples = 1 if session.debug else settings.samples
     tokenizer = load_tokenizer(model)
     template = Template.of(tokenizer, load_generation_config(model))
-    limits = Limits(max_prompt_tokens=stage.data.max_prompt_tokens, max_completion_tokens=stage.data.max_completion_tokens)
+    limits = Limits(
+        max_prompt_tokens=stage.data.max_prompt_tokens, max_completion_tokens=stage.data.max_completion_tokens
+    )
     data = stage.data.model_copy(update={"task": study.tasks})
     prompts = validation_prompts(stage.model_copy(update={"data": data}), count, template, limits, settings.split)
     policy = frozen_policy(model_choice(stage.model, model), session.device)
@@ -138,7 +142,8 @@ def _write(
 
 
 def main(arguments: list[str]) -> int:
-    """`python -m alignlab.study.cell FOLDER NODE [--debug]`: 0 finished, 1 failed (one line on stderr, trace in a file)."""
+    """`python -m alignlab.study.cell FOLDER NODE [--debug]`: 0 finished, 1 failed (one line on stderr, trace in a
+    file)."""
     folder, name = Path(arguments[0]), arguments[1]
     hush_progress_bars()
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))

@@ -29,17 +29,18 @@ class _Running:
 def execute(study: Study, folder: Path, console: Console, *, debug: bool = False) -> dict[str, str]:
     """Runs every node that is not finished; returns node -> error line for those that failed.
 
-    A failed cell does not stop the others; what waits for a failed shared stage fails with it. Ctrl-C stops all of them;
-    the same command goes on where it stopped.
+    A failed cell does not stop the others; what waits for a failed shared stage fails with it. Ctrl-C stops all of
+    them; the same command goes on where it stopped.
 
     Raises:
         UserError: the folder holds a study with another plan.
     """
     _claim(study, folder)
-    waiting, running, failed, finished = list(nodes(study)), [], {}, set[str]()
+    waiting, finished = list(nodes(study)), set[str]()
+    failed: dict[str, str] = {}
+    running: list[_Running] = []
     total, began = len(waiting), time.monotonic()
     threads = max(1, (os.cpu_count() or 1) // study.workers)
-    running: list[_Running]
     try:
         while waiting or running:
             for node in list(waiting):
@@ -106,5 +107,6 @@ def _tell(console: Console, job: _Running, error: str, done: int, total: int, el
     left = elapsed / done * (total - done)
     state = f"[red]failed[/red]: {error}" if error else "finished"
     console.print(
-        f"  {job.node.name:<16} {state} in {seconds:4.0f} s   {done}/{total}, about {left / 60:.0f} min left", highlight=False
+        f"  {job.node.name:<16} {state} in {seconds:4.0f} s   {done}/{total}, about {left / 60:.0f} min left",
+        highlight=False,
     )

@@ -1,4 +1,5 @@
-"""The plan of a study, declared before it runs: YAML -> arms x seeds from the same start -> nodes with what they wait for."""
+"""The plan of a study, declared before it runs: YAML -> arms x seeds from the same start -> nodes with what they wait
+for."""
 
 from __future__ import annotations
 
@@ -125,7 +126,7 @@ def arm_recipe(study: Study, arm: str, seed: int, debug: bool = False) -> Recipe
 
 
 def _check_shared(study: Study, arm: str, path: Path) -> None:
-    """Every arm starts from the study's policy and uses the study's reward model, or the comparison is not controlled."""
+    """Every arm starts from the study's policy and uses its reward model, or the comparison is not controlled."""
     first = arm_recipe(study, arm, study.seeds[0]).stages[0]
     if first.start != study.start:
         raise UserError(f"{path}: arm {arm} starts from {first.start}, not from the shared {study.start}")

@@ -60,7 +60,7 @@ def nice_ticks(low: float, high: float, most: int = 6, slack: float = 0.0) -> li
 
     `slack` is the share of a step by which the data may reach beyond the outer ticks: no tick at -2 for a band at -0.1.
     """
-    span = (high - low) or abs(high) or 1.0
+    span, slack = (high - low, slack) if high > low else (abs(high) or 1.0, 0.0)
     power = 10.0 ** math.floor(math.log10(span / most))
     step = next(unit * power for unit in (1, 2, 5, 10, 20) if span / (unit * power) <= most)
     first, last = math.floor(low / step + slack + 1e-9), math.ceil(high / step - slack - 1e-9)

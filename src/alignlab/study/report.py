@@ -48,7 +48,7 @@ from alignlab.study.verdicts import WORDS, VerdictLine, headline, verdict_lines
 __all__ = ["VerdictLine", "headline", "render_report", "terminal_table", "verdict_lines", "write_report"]
 
 DISAGREE = 0.5  # methods disagree on a prompt where their mean scores are at least this far apart
-SIZES = {"wide": 852, "narrow": 368}  # pixels of the gain plot; the page shows the one that fits
+SIZES = {"wide": 892, "narrow": 368}  # pixels of the gain plot; the page shows the one that fits
 
 CURVES = {  # recorded quantity: (title, what it is multiplied by)
     "score": ("Held-out score, points", 100.0),
@@ -69,18 +69,30 @@ COSTS = ("completions", "generated_tokens", "trained_tokens", "seconds", "peak_m
 
 
 def terminal_table(results: Mapping[str, Any]) -> Table:
-    """The table of arms for a terminal; the same numbers as the report's."""
+    """The table of arms within 80 characters: estimates, and under them how sure they are."""
     study = StudyResults(results)
-    table = Table(title=Text(study.name), title_justify="left")
-    table.add_column("arm", no_wrap=True)
-    gain_title = f"gain over {study.reference.label} [{study.level}]"
-    costs = [key for key in COSTS if key != "trained_tokens"]
-    for title in ("score", gain_title, "verdict", "length", "KL, nats", *(LEDGER[key] for key in costs)):
-        table.add_column(Text(title), justify="right")
+    table = Table(title=Text(study.name), title_justify="left", box=None, padding=(0, 1, 0, 0), pad_edge=False)
+    titles = {
+        "arm": "arm",
+        "score": "score\n± sd",
+        "gain": f"gain over {study.reference.label}\n[{study.level}]",
+        "verdict": "verdict",
+        "length": "len.",
+        "kl": "KL,\nnats",
+        "completions": "comple-\ntions",
+        "generated_tokens": "gen.\ntokens",
+        "seconds": "s",
+        "peak_memory_bytes": "peak\nGB",
+    }
+    for name, title in titles.items():
+        if name == "arm":
+            table.add_column(title, min_width=8, max_width=30)
+        else:
+            table.add_column(Text(title), justify="right", no_wrap=True)
     for row in _arm_rows(study):
-        score = " ".join(filter(None, (row["score"], row["spread"], row["runs"])))
-        cells = (row["label"], score, row["gain"], row["verdict"], row["length"], row["kl"])
-        table.add_row(*(Text(cell) for cell in (*cells, *(row["cost"][key] for key in costs))))
+        cells = {**row, **row["cost"], "gain": row["gain"].replace(" [", "\n[")}
+        cells |= {"arm": f"{row['label']}\n{row['runs']}".strip(), "score": f"{row['score']}\n{row['spread']}".strip()}
+        table.add_row(*(Text(cells[name]) for name in titles))
     return table
 
 
@@ -442,15 +454,15 @@ def _facts(study: StudyResults) -> Iterator[tuple[str, str]]:
     samples = f"each score is the mean of {plan['samples_per_prompt']} samples at temperature {plan['temperature']:g}"
     yield (
         "Estimand",
-        f"The mean gain in {study.primary}, over prompts like these and over training seeds, from applying a method to "
+        f"The mean gain in {study.primary}, over prompts like these and over training seeds, of applying a method to "
         f"this one {reference} checkpoint{judged}. All arms share them by hash, so every statement here is conditional "
         "on them: others could move all rows at once.",
     )
     yield (
         "Intervals",
         f"{study.level} t intervals of the crossed seed × prompt model; {samples}, at most "
-        f"{plan['max_completion_tokens']} tokens. {len(study.comparisons)} comparisons, not corrected for their number. "
-        f"{reference} against the untrained model: over prompts only, because each is a single run.",
+        f"{plan['max_completion_tokens']} tokens. {len(study.comparisons)} comparisons, not corrected for their "
+        f"number. {reference} against the untrained model: over prompts only, because each is a single run.",
     )
     yield "Equivalence", _equivalence(study)
     yield "Trained on the metric", _training_overlap(study)
@@ -460,8 +472,8 @@ def _facts(study: StudyResults) -> Iterator[tuple[str, str]]:
     yield (
         "Effect sizes",
         f"Cohen's d and Hedges' g exist between arms with at least two runs each; against the single {reference} run "
-        "they do not exist, so the gain and its interval stand there instead. They compare the arms' seed means without "
-        "pairing them, and so can be less sure than the paired interval beside them.",
+        "they do not exist, so the gain and its interval stand there instead. They compare seed means without pairing "
+        "them, and so can be less sure than the paired interval beside them.",
     )
     yield "Permutation tests", _floors(len(plan["seeds"]))
     for term, key in (("Budget", "budget_note"), ("Tuning", "tuning_note")):

@@ -1,7 +1,7 @@
 """From finished cells to what a study says: cells/*.json -> comparisons with intervals -> results.json.
 
-Every number is recomputed from per-prompt scores: D[s, p] = score of an arm minus score of what it is compared with, seed s,
-prompt p; intervals by the crossed seed x prompt method.
+Every number is recomputed from per-prompt scores: D[s, p] = score of an arm minus score of what it is compared with,
+seed s, prompt p; intervals by the crossed seed x prompt method.
 """
 
 from __future__ import annotations
@@ -175,7 +175,9 @@ def compare(
     if not ours or not theirs:
         return None
     single = len(theirs) == 1 and theirs[0]["seed"] is None
-    seeds = [r["seed"] for r in ours] if single else [r["seed"] for r in ours if r["seed"] in {t["seed"] for t in theirs}]
+    seeds = (
+        [r["seed"] for r in ours] if single else [r["seed"] for r in ours if r["seed"] in {t["seed"] for t in theirs}]
+    )
     if not seeds:
         return None
     prompts = sorted(p for p, t in theirs[0]["tasks"].items() if task is None or t == task)
@@ -185,7 +187,9 @@ def compare(
     one_run = differences.shape[0] == 1
     interval = prompt_interval(differences[0]) if one_run else crossed_interval(differences)
     narrow = (
-        prompt_interval(differences[0], EQUIVALENCE_CONFIDENCE) if one_run else crossed_interval(differences, EQUIVALENCE_CONFIDENCE)
+        prompt_interval(differences[0], EQUIVALENCE_CONFIDENCE)
+        if one_run
+        else crossed_interval(differences, EQUIVALENCE_CONFIDENCE)
     )
     found = {
         "arm": arm["name"],
@@ -222,7 +226,7 @@ def score_matrix(runs: Sequence[Mapping[str, Any]], prompts: Sequence[str]) -> n
 
 
 def _prompts(study: Study) -> dict[str, Any]:
-    from alignlab.pipeline import load_items
+    from alignlab.pipeline.items import load_items
 
     stage = arm_recipe(study, next(iter(study.arms)), study.seeds[0]).stages[-1]
     data = stage.data.model_copy(update={"task": study.tasks})

@@ -45,6 +45,9 @@ class VerdictLine:
     text: str
     detail: str
 
+    def __str__(self) -> str:
+        return f"{self.label:<12}  {self.text}" + (f" ({self.detail})" if self.detail else "")
+
 
 def headline(results: Mapping[str, Any]) -> str:
     """The study in one sentence: who beats the SFT model, and the one thing that most qualifies it."""
@@ -169,8 +172,13 @@ def _mixed_tasks(study: StudyResults, arm: Arm) -> str:
 
 
 def _tasks_in_words(study: StudyResults, arm: Arm, verdicts: Sequence[str], against: Arm | None = None) -> str:
+    if len(study.tasks) < 2:
+        return ""
     named = [(verdict, study.tasks_with(arm, verdict, against)) for verdict in verdicts]
-    return ", ".join(f"{verdict} on {join(tasks)}" for verdict, tasks in named if tasks)
+    all_tasks = len(study.tasks)
+    return ", ".join(
+        f"{verdict} on {join(tasks) if len(tasks) < all_tasks else 'every task'}" for verdict, tasks in named if tasks
+    )
 
 
 def _seeds_in_words(row: Mapping[str, Any], against: str) -> str:

@@ -21,6 +21,9 @@ from alignlab.types import Completion, Example, Pair, Prompt
 
 Split = Literal["train", "validation", "test"]
 
+PATIENCE = 20_000
+"""Draws in a row without a new prompt after which there are taken to be no more."""
+
 Grade = Mapping[str, float]
 """`score` in [0, 1], and the task's details, each named in `Task.metrics`; a detail that does not apply is left out."""
 
@@ -69,7 +72,7 @@ def get_task(name: str) -> Task:
 
 
 def demonstrations(task: Task, split: Split, count: int, seed: int) -> list[Example]:
-    """`count` demonstrations with distinct prompts, all of one split. A smaller count gives the beginning of a larger."""
+    """`count` demonstrations with distinct prompts, all of one split. Fewer are the beginning of more."""
     generator, rng = _start(task, "demonstrations", split, seed)
     prompts = _prompts(task, generator, rng, split, count, f"{task.name}/{split}")
     return [Example(prompt=prompt, completion=generator.demonstrate(rng, prompt)) for prompt in prompts]
@@ -120,8 +123,9 @@ def _prompts(task: Task, generator: Generator, rng: Random, split: Split, count:
         text = prompt.messages[-1].content
         if text in seen or split_of(prompt.meta["key"]) != split:
             misses += 1
-            if misses > 1000 * (count + 1):
+            if misses == PATIENCE:
                 raise ValueError(f"task {task.name!r} has fewer than {count} distinct {split} prompts; ask for fewer")
             continue
         yield replace(prompt, id=f"{prefix}/{len(seen):05d}")
         seen.add(text)
+        misses = 0

@@ -11,7 +11,17 @@ from random import Random
 from alignlab.tasks import Generator, Grade, Task
 from alignlab.types import Completion, Example, Message, Prompt
 
-SYMPTOMS = ("a cough", "a headache", "a sore throat", "back pain", "a rash", "an earache", "knee pain", "a cold", "cramps")
+SYMPTOMS = (
+    "a cough",
+    "a headache",
+    "a sore throat",
+    "back pain",
+    "a rash",
+    "an earache",
+    "knee pain",
+    "a cold",
+    "cramps",
+)
 SIGNS = ("fever", "vomiting", "swelling", "chills", "nausea", "itching", "weight loss", "chest pain", "dizziness")
 MEDICINES = ("aspirin", "ibuprofen", "insulin", "iron", "steroids", "antacids")
 ALLERGENS = ("penicillin", "latex", "nuts", "pollen", "eggs", "aspirin")
@@ -143,7 +153,7 @@ def _distort(rng: Random, said: list[str]) -> list[str]:
     while True:
         other = _summary(_facts(rng))
         if place < len(other) and other[place] not in said:
-            return said[:place] + [other[place]] + said[place + 1 :]
+            return [*said[:place], other[place], *said[place + 1 :]]
 
 
 TASK = Task(

@@ -136,7 +136,9 @@ def _slip(rng: Random, expression: str) -> str:
     for names in (LISTS, NUMBERS, SCALARS, TEXTS):
         for name in names:
             if re.search(rf"\b{name}\b", expression) and f"for {name} " not in expression:
-                mistakes.append(re.sub(rf"\b{name}\b", rng.choice([other for other in names if other != name]), expression))
+                mistakes.append(
+                    re.sub(rf"\b{name}\b", rng.choice([other for other in names if other != name]), expression)
+                )
     return rng.choice([mistake for mistake in mistakes if not same_expression(mistake, expression)])
 
 

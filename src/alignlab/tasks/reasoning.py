@@ -9,13 +9,19 @@ from random import Random
 
 from alignlab.rewards.exact import final_number, gold_number
 from alignlab.rewards.format import well_formed
-from alignlab.tasks import Generator, Grade, Task
+from alignlab.tasks import Generator, Grade, Task, split_of
 from alignlab.types import Completion, Example, Message, Prompt
 
-NAMES = tuple("Mia Tom Ada Ben Eva Leo Ida Max Zoe Sam Lea Jon Amy Kai Nora Omar Rosa Finn Lucy Paul".split())
-THINGS = tuple(
-    "coins apples books cards shells stamps eggs pens cakes toys balls plums rings cups seeds keys nuts hats".split()
+# fmt: off
+NAMES = (
+    "Mia", "Tom", "Ada", "Ben", "Eva", "Leo", "Ida", "Max", "Zoe", "Sam", "Lea", "Jon",
+    "Amy", "Kai", "Nora", "Omar", "Rosa", "Finn", "Lucy", "Paul",
 )
+THINGS = (
+    "coins", "apples", "books", "cards", "shells", "stamps", "eggs", "pens", "cakes",
+    "toys", "balls", "plums", "rings", "cups", "seeds", "keys", "nuts", "hats",
+)
+# fmt: on
 ADD = (
     "{a} has {x} {things} and finds {y} more. How many {things} does {a} have now?",
     "{a} has {x} {things}. {b} gives {a} {y} more. How many {things} does {a} have?",
@@ -41,8 +47,11 @@ MULTIPLY = (
     "{a} buys {x} {things} a day. How many {things} is that in {y} days?",
     "{y} friends have {x} {things} each. How many {things} do they have?",
 )
+TEMPLATES = {"+": ADD, "-": SUBTRACT, "*": MULTIPLY}
 LARGEST = 99
 """No number in a problem or its answer is larger."""
+DRILL = 4
+"""Bare sums in one row of practice."""
 
 
 def grade(prompt: Prompt, completion: Completion) -> Grade:
@@ -57,20 +66,11 @@ def grade(prompt: Prompt, completion: Completion) -> Grade:
 
 def ask(rng: Random) -> Prompt:
     """A word problem; the key is its sum, written so that 3 + 4 and 4 + 3 are one."""
-    kind, templates = rng.choices((("+", ADD), ("-", SUBTRACT), ("*", MULTIPLY)), (45, 45, 10))[0]
-    if kind == "*":
-        y = rng.choice((2, 2, 3, 4, 5))
-        x = 2 + rng.randrange(LARGEST // y - 1)
-        result = x * y
-    else:
-        total = 2 + rng.randrange(LARGEST - 1)
-        y = 1 + rng.randrange(total - 1)
-        x, result = (total - y, total) if kind == "+" else (total, total - y)
+    x, kind, y, result = _sum(rng)
     a, b = rng.choice(NAMES), rng.choice(NAMES)
     while a == b:
         b = rng.choice(NAMES)
-    text = rng.choice(templates).format(a=a, b=b, x=x, y=y, things=rng.choice(THINGS))
-    low, high = sorted((x, y))
+    text = rng.choice(TEMPLATES[kind]).format(a=a, b=b, x=x, y=y, things=rng.choice(THINGS))
     return Prompt(
         messages=(Message("user", text),),
         id="",
@@ -79,7 +79,7 @@ def ask(rng: Random) -> Prompt:
         meta={
             "grading": "number",
             "format": "reasoning_answer",
-            "key": f"{x} - {y}" if kind == "-" else f"{low} {kind} {high}",
+            "key": _key(x, kind, y),
             "working": f"{x} {kind} {y}",
         },
     )
@@ -106,9 +106,8 @@ def contrast(rng: Random, prompt: Prompt) -> tuple[str, str, str]:
 def babble(rng: Random, prompt: Prompt) -> Example:
     """Bare sums to practise on, and word problems answered in every style, one in eight wrongly."""
     working, answer = prompt.meta["working"], prompt.answer or ""
-    if rng.random() < 0.3:
-        bare = Prompt(messages=(Message("user", working),), id=prompt.id, task="reasoning", answer=answer)
-        return Example(prompt=bare, completion=answer)
+    if rng.random() < 0.4:
+        return _drill(rng, prompt.id)
     if rng.random() < 0.12:
         answer = _slip(rng, answer)
     draw = rng.random()
@@ -121,6 +120,36 @@ def babble(rng: Random, prompt: Prompt) -> Example:
     else:
         text = _chatter(rng) + _plain(rng, working, answer)
     return Example(prompt=prompt, completion=text)
+
+
+def _sum(rng: Random) -> tuple[int, str, int, int]:
+    """`(x, sign, y, result)`, nothing above LARGEST and nothing below 1."""
+    kind = rng.choices("+-*", (45, 45, 10))[0]
+    if kind == "*":
+        y = rng.choice((2, 2, 3, 4, 5))
+        x = 2 + rng.randrange(LARGEST // y - 1)
+        return x, kind, y, x * y
+    total = 2 + rng.randrange(LARGEST - 1)
+    y = 1 + rng.randrange(total - 1)
+    return (total - y, kind, y, total) if kind == "+" else (total, kind, y, total - y)
+
+
+def _key(x: int, kind: str, y: int) -> str:
+    return f"{x} - {y}" if kind == "-" else f"{min(x, y)} {kind} {max(x, y)}"
+
+
+def _drill(rng: Random, id: str) -> Example:
+    """A few bare sums and their results; only sums of the train split."""
+    sums: list[tuple[int, str, int, int]] = []
+    while len(sums) < DRILL:
+        x, kind, y, result = _sum(rng)
+        if split_of(_key(x, kind, y)) == "train":
+            sums.append((x, kind, y, result))
+    asked = ", ".join(f"{x} {kind} {y}" for x, kind, y, _ in sums)
+    results = ", ".join(str(result) for *_, result in sums)
+    return Example(
+        prompt=Prompt(messages=(Message("user", asked),), id=id, task="reasoning", answer=results), completion=results
+    )
 
 
 def _tagged(working: str, result: str, answer: str | None = None) -> str:

@@ -1,36 +1,29 @@
-"""Stages of a recipe: Recipe -> for each stage, models and data -> the loop -> a run folder; resumed at the first unfinished.
-
-A run folder holds recipe.yaml (resolved), provenance.json, log_history.jsonl, completions.jsonl, evaluation.json,
-checkpoints/ and the result: policy/ or reward_model/. A stage that another stage starts from is trained once and found
-again by its key, a hash of everything that decides its weights.
-"""
+"""One stage being trained: what is built once, and the order in which things happen -> a finished run folder."""
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
 import platform
 import resource
 import shutil
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
 from importlib import metadata
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 import torch
 from torch import nn
 
 import alignlab
-from alignlab import registry, starter
+from alignlab import registry
 from alignlab.algorithms import Models
-from alignlab.checkpoint import file_hash, find_checkpoint, load_checkpoint, save_checkpoint, seal, verify
+from alignlab.checkpoint import find_checkpoint, load_checkpoint, save_checkpoint, seal
 from alignlab.conversation import Template
-from alignlab.data import DataSource, Kind, load_examples
+from alignlab.data import Kind
 from alignlab.errors import UserError
 from alignlab.evaluation import Evaluation, evaluate_policy, evaluate_reward_model
 from alignlab.forward import rewards as score_rows
@@ -43,7 +36,6 @@ from alignlab.models import (
     disable_dropout,
     frozen_policy,
     has_adapter,
-    hush_progress_bars,
     load_generation_config,
     load_policy,
     load_reward_model,
@@ -53,46 +45,20 @@ from alignlab.models import (
     make_reward_model,
     make_value_model,
     num_parameters,
-    pick_device,
     save_model,
 )
 from alignlab.optim import AdamWChoice, Schedule, build_optimizers
-from alignlab.recipe import ModelSection, Recipe, RewardEntry, Stage, dump_yaml, load_recipe
-from alignlab.rollout import (
-    Limits,
-    Reward,
-    Source,
-    encode_examples,
-    encode_pairs,
-    fitting_prompts,
-    sample_prompts,
-)
+from alignlab.pipeline.identity import DONE, StageResult, code_fingerprint
+from alignlab.pipeline.items import first_of_each_task, load_items, pair_fits, validation_prompts
+from alignlab.recipe import ModelSection, RewardEntry, Stage, dump_yaml
+from alignlab.rollout import Limits, Reward, Source, encode_examples, encode_pairs, fitting_prompts, sample_prompts
 from alignlab.tasks import get_task
 from alignlab.tracking import HISTORY, Tracker, read_jsonl, write_json
 from alignlab.train import Finished, RunError, train, trained_modules
-from alignlab.types import LoopState, Pair, Prompt, Row
+from alignlab.types import LoopState, Pair, Row
 
-Split = Literal["train", "validation", "test"]
-DONE = "stage.json"
-"""Written last: a folder with it is a finished stage."""
 NORMALISATION_PROMPTS = 128
 """Prompts the reference answers to set a reward model's mean 0 and standard deviation 1."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class StageResult:
-    """A finished stage: its folder, its key, and what it cost."""
-
-    folder: Path
-    key: str
-    kind: str
-    """`policy` or `reward_model`."""
-    ledger: dict[str, float]
-    cached: bool = False
-
-    @property
-    def model(self) -> Path:
-        return self.folder / self.kind
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,193 +80,7 @@ def default_cache() -> Path:
     return Path(os.environ.get("ALIGNLAB_CACHE") or Path.home() / ".cache" / "alignlab")
 
 
-# ---- running ---------------------------------------------------------------------------------------------------------
-
-
-def run_recipe(
-    recipe: Recipe, output: Path, *, resume: bool = False, debug: bool = False, cache: Path | None = None, quiet: bool = False
-) -> list[StageResult]:
-    """Runs every stage that is not finished, each into a folder of its own (a single stage into `output` itself).
-
-    Raises:
-        UserError: `output` holds another run, or something in recipe, data or model cannot be used.
-        RunError: the run broke off; its last checkpoint is intact.
-    """
-    hush_progress_bars()
-    session = Session(
-        device=pick_device(recipe.device), cache=cache or default_cache(), debug=debug, quiet=quiet, tracking=recipe.tracking
-    )
-    _claim(output, recipe, resume)
-    results: list[StageResult] = []
-    for number, stage in enumerate(recipe.stages):
-        folder = output if len(recipe.stages) == 1 else output / stage.name
-        if stage.start is None and number:
-            before = [r for r in results if r.kind == "policy"]
-            stage = stage.model_copy(update={"start": str(before[-1].folder)}) if before else stage
-        result = run_stage(stage, recipe.seed, folder, session, resume=resume)
-        session.earlier[stage.name] = result
-        results.append(result)
-    return results
-
-
-def _claim(output: Path, recipe: Recipe, resume: bool) -> None:
-    """Writes the resolved recipe, or refuses a folder that belongs to another run."""
-    path = output / "recipe.yaml"
-    text = recipe.to_yaml()
-    if path.is_file() and not resume:
-        if path.read_text("utf-8") != text or not _finished_all(recipe, output):
-            raise UserError(f"{output} already holds a run; add --resume to go on with it, or choose another --output")
-    output.mkdir(parents=True, exist_ok=True)
-    if not path.is_file():
-        path.write_text(text, "utf-8")
-
-
-def _finished_all(recipe: Recipe, output: Path) -> bool:
-    folders = [output] if len(recipe.stages) == 1 else [output / s.name for s in recipe.stages]
-    return all((folder / DONE).is_file() for folder in folders)
-
-
-def run_stage(stage: Stage, seed: int, folder: Path, session: Session, *, resume: bool) -> StageResult:
-    """Trains one stage to its end, or finds it finished."""
-    start, reward_stage = _dependency(stage.start, "policy", session), _dependency(stage.reward_model, "reward_model", session)
-    if start is not None and "name" in stage.model.model_fields_set:
-        raise UserError(f"stage {stage.name}: model.name has no effect, as start: {stage.start} decides the weights; drop one")
-    key, contract = stage_key(stage, seed, start, reward_stage)
-    done = _finished(folder, key)
-    if done is not None:
-        _say(session, f"{stage.name}: already complete in {folder}")
-        return done
-    folder.mkdir(parents=True, exist_ok=True)
-    with _Lock(folder):
-        run = _Run(stage, seed, folder, session, start, reward_stage, key, contract)
-        return run.go(resume)
-
-
-def _dependency(reference: str | None, kind: str, session: Session) -> StageResult | None:
-    """The finished stage a name, recipe file or run folder stands for; a recipe is trained into the cache if need be."""
-    if reference is None:
-        return None
-    if reference in session.earlier:
-        return _of_kind(session.earlier[reference], kind, reference)
-    path = Path(reference)
-    if path.is_dir():
-        for candidate in (path, *sorted(p for p in path.iterdir() if p.is_dir())):
-            if (candidate / DONE).is_file() and (candidate / kind).is_dir():
-                return _read_done(candidate)
-        raise UserError(f"{path}: not a finished run with a {kind}; train it first")
-    return cached_stage(path, kind, session)
-
-
-def cached_stage(path: Path, kind: str, session: Session) -> StageResult:
-    """The last stage of a recipe file, from the cache or trained into it now."""
-    recipe = load_recipe(path, debug=session.debug)
-    inner = replace(session, earlier={}, tracking=())
-    result: StageResult | None = None
-    for stage in recipe.stages:
-        if stage.start is None and result is not None and result.kind == "policy":
-            stage = stage.model_copy(update={"start": str(result.folder)})
-        start = _dependency(stage.start, "policy", inner)
-        reward_stage = _dependency(stage.reward_model, "reward_model", inner)
-        key, _ = stage_key(stage, recipe.seed, start, reward_stage)
-        folder = session.cache / f"{recipe.name}-{key[:16]}"
-        found = _finished(folder, key)
-        if found is None:
-            _say(session, f"{path.name}: training {stage.name} first (kept in {folder})")
-            found = run_stage(stage, recipe.seed, folder, inner, resume=True)
-        inner.earlier[stage.name] = result = found
-    assert result is not None
-    return _of_kind(result, kind, reference=str(path))
-
-
-def _of_kind(result: StageResult, kind: str, reference: str) -> StageResult:
-    if result.kind != kind:
-        raise UserError(f"{reference}: gives a {result.kind}, but a {kind} is needed here")
-    return result
-
-
-def _finished(folder: Path, key: str) -> StageResult | None:
-    if not (folder / DONE).is_file():
-        return None
-    result = _read_done(folder)
-    if result.key != key:
-        raise UserError(f"{folder}: holds a finished stage of another recipe, data or model; choose another --output")
-    problem = verify(result.model)
-    if problem:
-        raise UserError(f"{result.model}: {problem}; delete {folder} and train it again")
-    return result
-
-
-def _read_done(folder: Path) -> StageResult:
-    done = json.loads((folder / DONE).read_text("utf-8"))
-    return StageResult(folder=folder, key=done["key"], kind=done["kind"], ledger=done["ledger"], cached=True)
-
-
-def _say(session: Session, line: str) -> None:
-    if not session.quiet:
-        print(line, file=sys.stderr)
-
-
-# ---- identity --------------------------------------------------------------------------------------------------------
-
-
-def stage_key(
-    stage: Stage, seed: int, start: StageResult | None, reward_stage: StageResult | None
-) -> tuple[str, dict[str, Any]]:
-    """A hash of everything that decides a stage's weights, and the same as named parts (what a resume must find)."""
-    settings = _flat(stage.model_dump(mode="json", serialize_as_any=True, exclude={"name", "start", "reward_model"}))
-    parts = settings | {
-        "seed": seed,
-        "start": start.key if start else _model_fingerprint(stage.model),
-        "reward_model": reward_stage.key if reward_stage else None,
-        "data": data_fingerprint(stage),
-    }
-    full = {**parts, "code": code_fingerprint()}
-    return hashlib.sha256(json.dumps(full, sort_keys=True).encode()).hexdigest(), parts
-
-
-def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
-    if isinstance(value, Mapping) and value:
-        return {k: v for key, below in value.items() for k, v in _flat(below, f"{prefix}{key}.").items()}
-    return {prefix.removesuffix("."): value}
-
-
-def _model_fingerprint(model: ModelSection) -> str:
-    folder = Path(location(model.name))
-    if not folder.is_dir():
-        return f"{model.name}@{model.revision or 'main'}"
-    files = sorted(p for p in folder.iterdir() if p.suffix in (".json", ".safetensors", ".jinja"))
-    if model.weights == "random":
-        files = [p for p in files if p.suffix != ".safetensors"]
-    return _hash_files(files)
-
-
-def data_fingerprint(stage: Stage) -> str:
-    """sha256 over the data files of a stage; a hub set is known by its name, revision is the hub's."""
-    data = stage.data
-    if data.path and Path(data.path).expanduser().is_file():
-        extra = [Path(data.validation_path)] if data.validation_path else []
-        return _hash_files([Path(data.path).expanduser(), *extra])
-    if data.path or data.hub:
-        return f"{data.path or data.hub}/{data.hub_config}/{data.split}"
-    return _hash_files(sorted(p for task in data.task for p in (starter.DATA / task).glob("*.jsonl")))
-
-
-def code_fingerprint() -> str:
-    """sha256 over the package's sources that can change a weight or a score."""
-    root = Path(alignlab.__file__).parent
-    outside = {"study", "cli.py", "serving"}
-    return _hash_files(sorted(p for p in root.rglob("*.py") if p.relative_to(root).parts[0] not in outside))
-
-
-def _hash_files(files: Sequence[Path]) -> str:
-    joined = "\n".join(f"{p.name} {file_hash(p)}" for p in files)
-    return hashlib.sha256(joined.encode()).hexdigest()
-
-
-# ---- one stage -------------------------------------------------------------------------------------------------------
-
-
-class _Run:
+class StageRun:
     """One stage being trained: what is built once, and the order in which things happen."""
 
     def __init__(
@@ -327,7 +107,9 @@ class _Run:
             sampling_rows=stage.train.sampling_rows,
         )
         self._start: Any = None
-        self.kind = "reward_model" if self.roles.get("reward_model") and self.roles["reward_model"].trained else "policy"
+        self.kind = (
+            "reward_model" if self.roles.get("reward_model") and self.roles["reward_model"].trained else "policy"
+        )
 
     def go(self, resume: bool) -> StageResult:
         stage, started = self.stage, time.time()
@@ -363,10 +145,19 @@ class _Run:
             state = self._loop(models, optimizers, source, state, tracker, trained, checkpoints)
             evaluation = self._finish(models, source)
         ledger = self._ledger(state)
-        write_json(self.folder / "evaluation.json", {**evaluation.to_json(), "ledger": ledger} if evaluation else {"ledger": ledger})
+        write_json(
+            self.folder / "evaluation.json",
+            {**evaluation.to_json(), "ledger": ledger} if evaluation else {"ledger": ledger},
+        )
         write_json(
             self.folder / DONE,
-            {"key": self.key, "kind": self.kind, "ledger": ledger, "phases": state.phase, "stop_reason": state.stop_reason},
+            {
+                "key": self.key,
+                "kind": self.kind,
+                "ledger": ledger,
+                "phases": state.phase,
+                "stop_reason": state.stop_reason,
+            },
         )
         return StageResult(folder=self.folder, key=self.key, kind=self.kind, ledger=ledger)
 
@@ -406,11 +197,12 @@ class _Run:
 
     def _source(self) -> Source:
         stage, kind = self.stage, self.algorithm.data_kind
-        items = load_items(stage, kind, "train")
+        items = load_items(stage, cast(Kind, kind), "train")
         if not items:
             raise UserError(f"stage {stage.name}: the data have no {kind} to train on")
         sampling = Sampling(
-            temperature=getattr(stage.algorithm, "temperature", 1.0), max_completion_tokens=self.limits.max_completion_tokens
+            temperature=getattr(stage.algorithm, "temperature", 1.0),
+            max_completion_tokens=self.limits.max_completion_tokens,
         )
         source = Source(template=self.template, device=self.session.device, limits=self.limits, sampling=sampling)
         if kind == "examples":
@@ -434,7 +226,9 @@ class _Run:
                 for weight in sorted(set(tasks.values()))
             ]
         if not entries:
-            raise UserError(f"stage {self.stage.name}: no reward; name one under `reward`, or a task with a default reward")
+            raise UserError(
+                f"stage {self.stage.name}: no reward; name one under `reward`, or a task with a default reward"
+            )
         return [self._reward(name, entry) for name, entry in entries]
 
     def _reward(self, name: str, entry: RewardEntry) -> Reward:
@@ -447,7 +241,9 @@ class _Run:
             if self.reward_stage is None:
                 raise UserError(f"stage {self.stage.name}: reward `learned` needs `reward_model: RECIPE or RUN`")
             choice = model_choice(self.stage.model, str(self.reward_stage.model))
-            model = load_reward_model(self.reward_stage.model, replace(choice, adapter=None), device=self.session.device)
+            model = load_reward_model(
+                self.reward_stage.model, replace(choice, adapter=None), device=self.session.device
+            )
             tokenizer = load_tokenizer(str(self.reward_stage.model))
             template = Template.of(tokenizer, load_generation_config(str(self.reward_stage.model)))
             options = {**options, "reward_model": model, "template": template}
@@ -500,7 +296,9 @@ class _Run:
         if not prompts:
             return None
         sampling = Sampling(
-            temperature=settings.temperature, greedy=settings.greedy, max_completion_tokens=self.limits.max_completion_tokens
+            temperature=settings.temperature,
+            greedy=settings.greedy,
+            max_completion_tokens=self.limits.max_completion_tokens,
         )
         reference = self._start_policy(models) if settings.kl_to_start and self.start else None
         return evaluate_policy(
@@ -517,8 +315,8 @@ class _Run:
 
     def _evaluate_reward_model(self, models: Models) -> Evaluation | None:
         pairs = cast(list[Pair], load_items(self.stage, "pairs", "validation"))
-        pairs = _first_of_each_task(pairs, self.stage.evaluation.prompts_per_task)
-        fitting = [p for p in pairs if encode_pairs_or_none(p, self.template, self.limits)]
+        pairs = first_of_each_task(pairs, self.stage.evaluation.prompts_per_task)
+        fitting = [p for p in pairs if pair_fits(p, self.template, self.limits)]
         if not fitting:
             return None
         source = Source(
@@ -550,7 +348,9 @@ class _Run:
 
     def _normalise(self, model: ScalarModel) -> None:
         """Shift and scale so that the starting policy's own answers score mean 0 and standard deviation 1."""
-        prompts = [p.prompt for p in cast(list[Pair], load_items(self.stage, "pairs", "train"))[: NORMALISATION_PROMPTS * 4]]
+        prompts = [
+            p.prompt for p in cast(list[Pair], load_items(self.stage, "pairs", "train"))[: NORMALISATION_PROMPTS * 4]
+        ]
         prompts = fitting_prompts(prompts, self.template, self.limits)[:: max(1, len(prompts) // NORMALISATION_PROMPTS)]
         reference = frozen_policy(self.choice, self.session.device)
         ids = [self.template.encode_prompt(p) for p in prompts]
@@ -564,7 +364,9 @@ class _Run:
             scores = torch.cat([score_rows(model, batch) for batch in source.plan_rows(rows)]).double()
         spread = scores.std().item()
         if len(rows) < 2 or not spread > 0:
-            raise RunError("the reward model gives every reference answer the same score; it has learned nothing to use")
+            raise RunError(
+                "the reward model gives every reference answer the same score; it has learned nothing to use"
+            )
         model.set_normalisation(scores.mean().item(), spread)
 
     # ---- record ------------------------------------------------------------------------------------------------------
@@ -572,8 +374,12 @@ class _Run:
     def _write_record(self, models: Models, started: float) -> None:
         path = self.folder / "recipe.yaml"
         if not path.is_file():
-            stage = {"name": self.folder.name, "seed": self.seed, **self.stage.model_dump(mode="json", serialize_as_any=True)}
-            path.write_text(dump_yaml({k: v for k, v in stage.items()}), "utf-8")
+            stage = {
+                "name": self.folder.name,
+                "seed": self.seed,
+                **self.stage.model_dump(mode="json", serialize_as_any=True),
+            }
+            path.write_text(dump_yaml(stage), "utf-8")
         packages = ("torch", "transformers", "peft", "tokenizers", "safetensors", "numpy")
         write_json(
             self.folder / "provenance.json",
@@ -601,8 +407,9 @@ class _Run:
         """What the stage consumed; seconds are those of collecting and stepping, from the log."""
         rows = read_jsonl(self.folder / HISTORY)
         seconds = sum(row.get("time/collect") or 0.0 for row in rows) + sum(row.get("time/step") or 0.0 for row in rows)
+        counted = ("prompts", "completions", "generated_tokens", "trained_rows", "trained_tokens")
         return {
-            **{k: state.counters.get(k, 0.0) for k in ("prompts", "completions", "generated_tokens", "trained_rows", "trained_tokens")},
+            **{name: state.counters.get(name, 0.0) for name in counted},
             "optimizer_steps": float(state.step),
             "phases": float(state.phase),
             "seconds": seconds,
@@ -618,73 +425,13 @@ def peak_memory(device: torch.device) -> float:
     return float(peak if sys.platform == "darwin" else peak * 1024)
 
 
-# ---- data of a stage -------------------------------------------------------------------------------------------------
-
-
-def load_items(stage: Stage, kind: Kind, split: Split) -> list[Any]:
-    """Examples, pairs or prompts of a stage's train, validation or test split (files and hub sets have no test split)."""
-    items: list[Any] = []
-    for source in _data_sources(stage, kind, split):
-        items += load_examples(source, kind, "train" if split == "train" else "validation").items
-    return items
-
-
-def _data_sources(stage: Stage, kind: Kind, split: Split) -> list[DataSource]:
-    data = stage.data
-    if data.path is None and data.hub is None:
-        if not data.task:
-            raise UserError(f"stage {stage.name}: data names neither a task of the starter, nor a path, nor a hub set")
-        return [_starter_source(stage.name, task, kind, split, data.limit) for task in data.task]
-    if len(data.task) > 1:
-        raise UserError(f"stage {stage.name}: one file or hub set is one task, not {', '.join(data.task)}")
-    keys = ("validation_path", "hub_config", "split", "validation_split", "validation_fraction", "columns", "system_prompt",
-            "prompt_template", "limit", "format")  # fmt: skip
-    hub = None if data.path else data.hub
-    task = data.task[0] if data.task else ""
-    return [DataSource(path=data.path, hub=hub, task=task, **{k: getattr(data, k) for k in keys})]
-
-
-def _starter_source(stage: str, task: str, kind: Kind, split: Split, limit: int | None) -> DataSource:
-    prefix = "pairs." if kind == "pairs" else ""
-    train, held_out = (starter.DATA / task / f"{prefix}{s}.jsonl" for s in ("train", "validation" if split == "train" else split))
-    for path in (train, held_out):
-        if not path.is_file():
-            raise UserError(f"stage {stage}: the starter has no {path.stem} data for {task!r}; name a file in data.path")
-    return DataSource(path=str(train), validation_path=str(held_out), task=task, limit=limit)
-
-
-def validation_prompts(stage: Stage, per_task: int, template: Template, limits: Limits, split: Split = "validation") -> list[Prompt]:
-    """The first `per_task` held-out prompts of every task, those that fit."""
-    prompts = cast(list[Prompt], load_items(stage, "prompts", split))
-    return _first_of_each_task(fitting_prompts(prompts, template, limits), per_task)
-
-
-def _first_of_each_task(items: Sequence[Any], count: int) -> list[Any]:
-    taken: dict[str, int] = {}
-    kept = []
-    for item in items:
-        task = item.task if isinstance(item, Prompt) else item.prompt.task
-        taken[task] = taken.get(task, 0) + 1
-        if taken[task] <= count:
-            kept.append(item)
-    return kept
-
-
-def encode_pairs_or_none(pair: Pair, template: Template, limits: Limits) -> bool:
-    """Whether a pair fits the limits and stays two different rows."""
-    try:
-        return bool(encode_pairs([pair], template, limits))
-    except UserError:
-        return False
-
-
 def model_choice(section: ModelSection, name: str) -> ModelChoice:
     """The recipe's model section as plain arguments, for the model or folder of that name."""
     adapter = LoraChoice(**section.adapter.model_dump()) if section.adapter else None
     return ModelChoice(**{**section.model_dump(exclude={"adapter", "name"}), "name": name, "adapter": adapter})
 
 
-class _Lock:
+class Lock:
     """One process a run folder: a file with the owner's process id; a dead owner's lock is taken over."""
 
     def __init__(self, folder: Path) -> None:
@@ -699,7 +446,9 @@ class _Lock:
             except FileExistsError:
                 owner = self.path.read_text("utf-8").strip()
                 if owner.isdigit() and int(owner) != os.getpid() and _alive(int(owner)):
-                    raise UserError(f"{self.path.parent}: process {owner} is running this; wait for it or stop it") from None
+                    raise UserError(
+                        f"{self.path.parent}: process {owner} is running this; wait for it or stop it"
+                    ) from None
                 self.path.unlink(missing_ok=True)
 
     def __exit__(self, *error: object) -> None:

@@ -1,0 +1,108 @@
+"""What a stage is: its folder, its cost, and its key, a hash of everything that decides its weights."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import alignlab
+from alignlab import starter
+from alignlab.checkpoint import file_hash, verify
+from alignlab.errors import UserError
+from alignlab.models import location
+from alignlab.recipe import ModelSection, Stage
+
+DONE = "stage.json"
+"""Written last: a folder with it is a finished stage."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class StageResult:
+    """A finished stage: its folder, its key, and what it cost."""
+
+    folder: Path
+    key: str
+    kind: str
+    """`policy` or `reward_model`."""
+    ledger: dict[str, float]
+    cached: bool = False
+
+    @property
+    def model(self) -> Path:
+        return self.folder / self.kind
+
+
+def finished_stage(folder: Path, key: str) -> StageResult | None:
+    if not (folder / DONE).is_file():
+        return None
+    result = read_done(folder)
+    if result.key != key:
+        raise UserError(f"{folder}: holds a finished stage of another recipe, data or model; choose another --output")
+    problem = verify(result.model)
+    if problem:
+        raise UserError(f"{result.model}: {problem}; delete {folder} and train it again")
+    return result
+
+
+def read_done(folder: Path) -> StageResult:
+    done = json.loads((folder / DONE).read_text("utf-8"))
+    return StageResult(folder=folder, key=done["key"], kind=done["kind"], ledger=done["ledger"], cached=True)
+
+
+def stage_key(
+    stage: Stage, seed: int, start: StageResult | None, reward_stage: StageResult | None
+) -> tuple[str, dict[str, Any]]:
+    """A hash of everything that decides a stage's weights, and the same as named parts (what a resume must find)."""
+    settings = _flat(stage.model_dump(mode="json", serialize_as_any=True, exclude={"name", "start", "reward_model"}))
+    settings = {k: v for k, v in settings.items() if k not in ("data.path", "data.validation_path")}  # known by content
+    parts = settings | {
+        "seed": seed,
+        "start": start.key if start else model_fingerprint(stage.model),
+        "reward_model": reward_stage.key if reward_stage else None,
+        "data": data_fingerprint(stage),
+    }
+    full = {**parts, "code": code_fingerprint()}
+    return hashlib.sha256(json.dumps(full, sort_keys=True).encode()).hexdigest(), parts
+
+
+def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
+    if isinstance(value, Mapping) and value:
+        return {k: v for key, below in value.items() for k, v in _flat(below, f"{prefix}{key}.").items()}
+    return {prefix.removesuffix("."): value}
+
+
+def model_fingerprint(model: ModelSection) -> str:
+    folder = Path(location(model.name))
+    if not folder.is_dir():
+        return f"{model.name}@{model.revision or 'main'}"
+    files = sorted(p for p in folder.iterdir() if p.suffix in (".json", ".safetensors", ".jinja"))
+    if model.weights == "random":
+        files = [p for p in files if p.suffix != ".safetensors"]
+    return _hash_files(files)
+
+
+def data_fingerprint(stage: Stage) -> str:
+    """sha256 over the data files of a stage; a hub set is known by its name, revision is the hub's."""
+    data = stage.data
+    if data.path and Path(data.path).expanduser().is_file():
+        extra = [Path(data.validation_path)] if data.validation_path else []
+        return _hash_files([Path(data.path).expanduser(), *extra])
+    if data.path or data.hub:
+        return f"{data.path or data.hub}/{data.hub_config}/{data.split}"
+    return _hash_files(sorted(p for task in data.task for p in (starter.DATA / task).glob("*.jsonl")))
+
+
+def code_fingerprint() -> str:
+    """sha256 over the package's sources that can change a weight or a score."""
+    root = Path(alignlab.__file__).parent
+    outside = {"study", "cli.py", "serving"}
+    return _hash_files(sorted(p for p in root.rglob("*.py") if p.relative_to(root).parts[0] not in outside))
+
+
+def _hash_files(files: Sequence[Path]) -> str:
+    joined = "\n".join(f"{p.name} {file_hash(p)}" for p in files)
+    return hashlib.sha256(joined.encode()).hexdigest()
