@@ -1,6 +1,9 @@
 """Word problems on two whole numbers, answered with a line of working and a number.
 
-"Mia has 17 coins and loses 9. .." -> `<reasoning>17 - 9 = 8</reasoning><answer>8</answer>` -> right or wrong.
+"Mia has 17 coins and loses 9. .." -> `<reasoning>17 - 9 = 10 - 2 = 8</reasoning><answer>8</answer>` -> right or wrong.
+
+The working goes through tens and ones: a model of a million parameters learns each of its steps within minutes, where it
+would need hours to learn two-digit sums in one go.
 """
 
 from __future__ import annotations
@@ -80,7 +83,7 @@ def ask(rng: Random) -> Prompt:
             "grading": "number",
             "format": "reasoning_answer",
             "key": _key(x, kind, y),
-            "working": f"{x} {kind} {y}",
+            "working": _working(x, kind, y),
         },
     )
 
@@ -134,19 +137,33 @@ def _sum(rng: Random) -> tuple[int, str, int, int]:
     return (total - y, kind, y, total) if kind == "+" else (total, kind, y, total - y)
 
 
+def _working(x: int, kind: str, y: int) -> str:
+    """The sum and its way through tens and ones, all but the result: `43 - 28 = 20 - 5`; `3 + 4` needs no way."""
+    (tens, ones), (other_tens, other_ones) = divmod(x, 10), divmod(y, 10)
+    if max(x, y) < 10:
+        return f"{x} {kind} {y}"
+    if kind == "*":
+        parts = 10 * tens * y, ones * y
+    elif kind == "+":
+        parts = 10 * (tens + other_tens), ones + other_ones
+    else:
+        parts = 10 * (tens - other_tens), ones - other_ones
+    return f"{x} {kind} {y} = {parts[0]} {'-' if parts[1] < 0 else '+'} {abs(parts[1])}"
+
+
 def _key(x: int, kind: str, y: int) -> str:
     return f"{x} - {y}" if kind == "-" else f"{min(x, y)} {kind} {max(x, y)}"
 
 
 def _drill(rng: Random, id: str) -> Example:
-    """A few bare sums and their results; only sums of the train split."""
+    """A few bare sums with their working; only sums of the train split."""
     sums: list[tuple[int, str, int, int]] = []
     while len(sums) < DRILL:
         x, kind, y, result = _sum(rng)
         if split_of(_key(x, kind, y)) == "train":
             sums.append((x, kind, y, result))
     asked = ", ".join(f"{x} {kind} {y}" for x, kind, y, _ in sums)
-    results = ", ".join(str(result) for *_, result in sums)
+    results = ", ".join(f"{_working(x, kind, y)} = {result}" for x, kind, y, result in sums)
     return Example(
         prompt=Prompt(messages=(Message("user", asked),), id=id, task="reasoning", answer=results), completion=results
     )
