@@ -1,6 +1,6 @@
-"""Gives every method the same number of trials on validation prompts: settings -> one run each -> a table for LOG.md.
+"""The same number of trials for every method, on validation prompts: settings -> one run each -> a table.
 
-    python recipes/starter/tune.py dpo grpo ppo        # six trials a method, seed 7, two at a time
+    python recipes/starter/tune.py dpo grpo ppo        # four trials a method, seed 7, two at a time
 
 The seed is none of the study's, the prompts are the validation split, and what is compared is the mean graded score; the
 test split is never touched. Each method's best setting goes into its recipe.
@@ -23,21 +23,25 @@ COMMON = (
 )  # fmt: skip
 TRIALS: dict[str, list[list[str]]] = {
     "dpo": [
-        [f"algorithm.learning_rate={rate}", f"algorithm.beta={beta}"]
-        for rate in ("1e-5", "3e-5", "1e-4")
-        for beta in (0.1, 0.5)
+        ["algorithm.learning_rate=1e-5", "algorithm.beta=0.1"],
+        ["algorithm.learning_rate=3e-5", "algorithm.beta=0.1"],
+        ["algorithm.learning_rate=3e-5", "algorithm.beta=0.5"],
+        ["algorithm.learning_rate=1e-4", "algorithm.beta=0.5"],
     ],
     "grpo": [
-        [f"algorithm.learning_rate={rate}", f"algorithm.scale={scale}"]
-        for rate in ("5e-5", "1e-4", "2e-4")
-        for scale in ("group", "none")
+        ["algorithm.learning_rate=5e-5", "algorithm.scale=group"],
+        ["algorithm.learning_rate=1e-4", "algorithm.scale=group"],
+        ["algorithm.learning_rate=1e-4", "algorithm.scale=none"],
+        ["algorithm.learning_rate=2e-4", "algorithm.scale=group"],
     ],
     "ppo": [
-        [f"algorithm.learning_rate={rate}", f"algorithm.kl_coef={coef}"]
-        for rate in ("5e-5", "1e-4", "2e-4")
-        for coef in (0.01, 0.05)
+        ["algorithm.learning_rate=5e-5", "algorithm.kl_coef=0.02"],
+        ["algorithm.learning_rate=1e-4", "algorithm.kl_coef=0.02"],
+        ["algorithm.learning_rate=2e-4", "algorithm.kl_coef=0.02"],
+        ["algorithm.learning_rate=1e-4", "algorithm.kl_coef=0.1"],
     ],
 }
+"""Equally many a method: three or four learning rates and one more knob of its own."""
 
 
 def trial(method: str, number: int, settings: list[str]) -> tuple[str, dict[str, float], float, str]:

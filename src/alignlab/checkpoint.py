@@ -15,7 +15,7 @@ import shutil
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -24,7 +24,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from alignlab.errors import UserError
-from alignlab.models import ScalarModel, load_weights, save_model
+from alignlab.models import HEAD_FILE, ScalarModel, load_weights, save_model
+from alignlab.models.store import load_head
 from alignlab.types import LoopState
 
 FORMAT = 1
@@ -182,26 +183,20 @@ def _shares_trunk(model: nn.Module, models: Mapping[str, nn.Module]) -> bool:
     return isinstance(model, ScalarModel) and any(model.backbone is other for other in models.values())
 
 
-def _own_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """What a scalar model has besides its trunk, by name."""
-    return {k: v for k, v in model.state_dict().items() if not k.startswith("backbone.")}
-
-
 def _save_role(name: str, model: nn.Module, models: Mapping[str, nn.Module], folder: Path) -> None:
-    if _shares_trunk(model, models):
-        tensors = {k: v.detach().cpu().contiguous() for k, v in _own_tensors(model).items()}
-        save_file(tensors, str(folder / f"{name}.safetensors"))
-    else:
+    if not _shares_trunk(model, models):
         save_model(model, folder / name)
+        return
+    (folder / name).mkdir()
+    tensors = {k: v.detach().cpu().contiguous() for k, v in cast(ScalarModel, model).head_tensors().items()}
+    save_file(tensors, str(folder / name / HEAD_FILE))
 
 
 def _load_role(name: str, model: nn.Module, models: Mapping[str, nn.Module], folder: Path) -> None:
-    if not _shares_trunk(model, models):
+    if _shares_trunk(model, models):
+        load_head(cast(ScalarModel, model), folder / name)
+    else:
         load_weights(model, folder / name)
-        return
-    saved = load_file(str(folder / f"{name}.safetensors"))
-    for key, tensor in _own_tensors(model).items():
-        tensor.copy_(saved[key])
 
 
 def _tensor_bytes(models: Mapping[str, nn.Module], optimizers: Mapping[str, torch.optim.Optimizer]) -> int:

@@ -1,13 +1,19 @@
-"""The command line: parse, call, print. Exit codes: 0 done, 1 the run failed, 2 the user's recipe, data or model, 130
-Ctrl-C."""
+"""The command line: parse, call, print.
+
+Exit codes: 0 done, 1 the run failed, 2 the user's recipe, data or model, 130 Ctrl-C, 143 a request to end.
+"""
 
 from __future__ import annotations
 
 import os
 import shutil
+import signal
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from types import FrameType
 from typing import Annotated
 
 import typer
@@ -46,6 +52,16 @@ def _find(path: Path) -> Path:
     return shipped if not path.exists() and shipped.exists() else path
 
 
+@contextmanager
+def _stoppable(go_on: str) -> Iterator[None]:
+    """Ctrl-C is no error: one line that says how to go on, and exit code 130."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        print(f"stopped; {go_on}", file=sys.stderr)
+        raise typer.Exit(130) from None
+
+
 @app.command()
 def train(
     recipe: RecipePath,
@@ -58,20 +74,21 @@ def train(
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")] = False,
 ) -> None:
     """Train the stages of a recipe, each into a run folder."""
-    from alignlab.pipeline import run_recipe
-    from alignlab.recipe import load_recipe
+    with _stoppable("the same command with --resume goes on from the newest checkpoint"):
+        from alignlab.pipeline import run_recipe
+        from alignlab.recipe import load_recipe
 
-    loaded = load_recipe(_find(recipe), overrides or [], debug=debug)
-    if debug and output is None:
-        output = Path("runs") / "debug" / loaded.name
-        shutil.rmtree(output, ignore_errors=True)
-    output = output or Path("runs") / loaded.name
-    started = time.monotonic()
-    results = run_recipe(loaded, output, resume=resume, debug=debug, quiet=quiet)
-    console = Console()
-    for result in results:
-        console.print(f"{result.kind.replace('_', ' ')}: {result.model}", highlight=False, soft_wrap=True)
-    console.print(f"run folder: {output}  ({time.monotonic() - started:.0f} s)", highlight=False, soft_wrap=True)
+        loaded = load_recipe(_find(recipe), overrides or [], debug=debug)
+        if debug and output is None:
+            output = Path("runs") / "debug" / loaded.name
+            if not resume:
+                shutil.rmtree(output, ignore_errors=True)
+        output = output or Path("runs") / loaded.name
+        started = time.monotonic()
+        results = run_recipe(loaded, output, resume=resume, debug=debug, quiet=quiet)
+        for result in results:
+            print(f"{result.kind.replace('_', ' ')}: {result.model}")
+        print(f"run folder: {output}  ({time.monotonic() - started:.0f} s)")
 
 
 @app.command()
@@ -82,14 +99,15 @@ def study(
     debug: Debug = False,
 ) -> None:
     """Compare several methods over several seeds and write report.html; a restart goes on where it stopped."""
-    from alignlab.study.plan import load_study
-    from alignlab.study.run import run_study
+    with _stoppable("the same command goes on with what is not finished"):
+        from alignlab.study.plan import load_study
+        from alignlab.study.run import run_study
 
-    loaded = load_study(_find(recipe), tuple(overrides or ()))
-    folder = output or Path("runs") / (f"debug/{loaded.name}" if debug else loaded.name)
-    if debug and output is None:
-        shutil.rmtree(folder, ignore_errors=True)
-    failed = run_study(loaded, folder, Console(), debug=debug)
+        loaded = load_study(_find(recipe), tuple(overrides or ()), debug=debug)
+        folder = output or Path("runs") / ("debug" if debug else "") / loaded.name
+        if debug and output is None:
+            shutil.rmtree(folder, ignore_errors=True)
+        failed = run_study(loaded, folder, Console())
     if failed:
         raise typer.Exit(1)
 
@@ -112,17 +130,23 @@ def version() -> None:
 def main() -> None:
     """Entry point: errors become one clear line and an exit code; ALIGNLAB_TRACEBACK=1 shows the traceback too."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    sys.path.append(os.getcwd())  # a user's own rewards and methods are named by import path
+    signal.signal(signal.SIGTERM, _terminate)
     try:
         app()
     except UserError as error:
         _fail(error, 2)
     except KeyboardInterrupt:
-        print("stopped; the same command with --resume goes on from the newest checkpoint", file=sys.stderr)
         sys.exit(130)
     except Exception as error:
         if os.environ.get("ALIGNLAB_TRACEBACK"):
             raise
         _fail(error, 1)
+
+
+def _terminate(number: int, frame: FrameType | None) -> None:
+    """A request to end unwinds like Ctrl-C, so that locks are given back and a study's jobs end with it."""
+    sys.exit(128 + number)
 
 
 def _fail(error: Exception, code: int) -> None:

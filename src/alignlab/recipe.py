@@ -13,7 +13,16 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, cast
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 from ruamel.yaml import YAML
 from ruamel.yaml.constructor import DuplicateKeyError
 from ruamel.yaml.error import YAMLError
@@ -35,6 +44,16 @@ def _as_tuple(value: object) -> object:
 
 
 Names = Annotated[tuple[str, ...], BeforeValidator(_as_tuple)]
+
+
+def _one_folder(name: str) -> str:
+    """A name that becomes a folder below runs/, and leads nowhere else."""
+    if name in ("", ".", "..") or re.search(r"[/\\\x00-\x1f]", name):
+        raise ValueError(f"{name!r} cannot be a folder name, not even with a path before it; --output chooses a place")
+    return name
+
+
+FolderName = Annotated[str, AfterValidator(_one_folder)]
 
 
 class Section(BaseModel):
@@ -242,7 +261,7 @@ class Stage(Section):
 class Recipe(Section):
     """What `alignlab train` runs, resolved."""
 
-    name: str
+    name: FolderName
     seed: int = Field(42, ge=0)
     """Every random choice of the run is a function of it."""
     device: str = "auto"
@@ -404,13 +423,18 @@ def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
     """Deep merge; what is `over` wins. An algorithm of another name replaces the one below it whole."""
     result = dict(base)
     for key, value in over.items():
-        below = result.get(key)
+        below = _named(key, result.get(key))
         if isinstance(value, Mapping) and isinstance(below, Mapping):
             other_method = key == "algorithm" and value.get("name", below.get("name")) != below.get("name")
             result[key] = dict(value) if other_method else merge(below, value)
         else:
             result[key] = value
     return result
+
+
+def _named(key: str, value: Any) -> Any:
+    """`model: starter` means `model: {name: starter}`, and so for the algorithm."""
+    return {"name": value} if key in ("algorithm", "model") and isinstance(value, str) else value
 
 
 def apply_overrides(raw: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
@@ -442,9 +466,7 @@ def _descend(at: Any, part: str, so_far: str, text: str) -> Any:
             if isinstance(item, dict) and (item.get("name") or _stage_name(item)) == part:
                 return item
         raise UserError(f"{text!r}: no stage {part!r}; there are {[i.get('name') or _stage_name(i) for i in at]}")
-    below = at.get(part)
-    if isinstance(below, str) and part == "algorithm":
-        below = {"name": below}
+    below = _named(part, at.get(part))
     if below is None:
         below = {}
     if not isinstance(below, dict | list):

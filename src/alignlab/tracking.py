@@ -57,7 +57,7 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
     if not path.is_file():
         return []
     rows = []
-    for line in path.read_text("utf-8").splitlines():
+    for line in path.read_bytes().split(b"\n"):  # not splitlines: JSON text may hold U+2028; bytes: a torn character
         try:
             rows.append(json.loads(line))
         except ValueError:
@@ -146,12 +146,12 @@ class Tracker:
             self._progress.update(self._task, completed=phase, numbers=numbers, rate=rate)
         elif not self._quiet and (phase % self._plain_every == 0 or phase == self.num_phases):
             left = (self.num_phases - phase) * seconds
-            self._console.print(f"{self.title}  {phase}/{self.num_phases}  {rate}, {left:.0f} s left  {numbers}")
+            self.say(f"{self.title}  {phase}/{self.num_phases}  {rate}, {left:.0f} s left  {numbers}".rstrip())
 
     def say(self, line: str) -> None:
         """A line for people, in the terminal only."""
         if not self._quiet:
-            self._console.print(line, highlight=False)
+            self._console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
 class _Mirror:

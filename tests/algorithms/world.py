@@ -5,6 +5,7 @@ Weights come from a counter-based generator and plain arithmetic, so they are th
 
 from __future__ import annotations
 
+import inspect
 import string
 import sys
 from collections.abc import Iterable, Mapping, Sequence
@@ -15,11 +16,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, get_peft_model
 from tokenizers import AddedToken, Tokenizer, decoders, pre_tokenizers
 from tokenizers import models as tokenizer_models
 from torch import Tensor, nn
 from transformers import Gemma3ForCausalLM, Gemma3TextConfig, PreTrainedTokenizerFast
+from transformers.models.gemma3.modeling_gemma3 import Gemma3RMSNorm, Gemma3RotaryEmbedding
 
 from alignlab.conversation import Template
 from alignlab.generate import Sampling
@@ -62,6 +64,32 @@ def template() -> Template:
     return Template.of(tokenizer)
 
 
+class ExactNorm(Gemma3RMSNorm):
+    """Gemma's norm without its detour through float32."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self._norm(x) * (1.0 + self.weight)
+
+
+class ExactRotary(Gemma3RotaryEmbedding):
+    """Gemma's rotary angles without their detour through float32."""
+
+    def forward(self, x: Tensor, position_ids: Tensor, layer_type: str) -> tuple[Tensor, Tensor]:
+        halves = torch.arange(0, self.config.head_dim, 2, dtype=x.dtype) / self.config.head_dim
+        angles = position_ids[..., None].to(x.dtype) * self.config.rope_parameters[layer_type]["rope_theta"] ** -halves
+        angles = torch.cat([angles, angles], -1)
+        return angles.cos(), angles.sin()
+
+
+def in_double_precision(model: nn.Module) -> None:
+    """Makes a float64 Gemma compute in float64 throughout, so that hand computations agree to twelve digits."""
+    for module in model.modules():
+        if isinstance(module, Gemma3RMSNorm):
+            module.__class__ = ExactNorm
+        if isinstance(module, Gemma3RotaryEmbedding):
+            module.__class__ = ExactRotary
+
+
 def fill(model: nn.Module, seed: int, spread: float = 0.3) -> None:
     """Gives every trained parameter uniform values in +- spread; the norms' offsets are smaller."""
     with torch.no_grad():
@@ -93,12 +121,21 @@ def policy(seed: int = 0, *, dropout: float = 0.0, lora: bool = False, dtype: to
     )
     model = Gemma3ForCausalLM(config).to(dtype)
     fill(model, seed)
+    with torch.no_grad():  # loud stop tokens, so that lengths vary
+        model.get_input_embeddings().weight[[1, 4]] *= 3
+    if dtype == torch.float64:
+        in_double_precision(model)
     if not lora:
         return model
     adapter = LoraConfig(
-        r=2, lora_alpha=4, lora_dropout=dropout, target_modules="all-linear", task_type="CAUSAL_LM"
+        r=2,
+        lora_alpha=4,
+        lora_dropout=dropout,
+        target_modules="all-linear",
+        task_type="CAUSAL_LM",
     )
     adapted = get_peft_model(model, adapter, autocast_adapter_dtype=False)
+    adapted.peft_config["default"].base_model_name_or_path = "world"
     with torch.no_grad():
         fill(adapted, seed + 1)
         for name, parameter in adapted.named_parameters():
@@ -116,7 +153,9 @@ ANSWERS = ("2", "twenty five", "3", "is 15", "15 or so", "no", "26", "9 it is")
 EXAMPLES = tuple(Example(prompt=p, completion=a) for p, a in zip(PROMPTS, ANSWERS, strict=True))
 PAIRS = tuple(
     Pair(prompt=p, chosen=a, rejected=b, margin=0.25 * i)
-    for i, (p, a, b) in enumerate(zip(PROMPTS, ANSWERS, ("x", "23", "what", "1", "no idea", "9 9 9", "6", "?"), strict=True))
+    for i, (p, a, b) in enumerate(
+        zip(PROMPTS, ANSWERS, ("x", "23", "what", "1", "no idea", "9 9 9", "6", "?"), strict=True)
+    )
 )
 
 
@@ -268,13 +307,13 @@ def raw_logprobs(model: Any, batch: Batch, temperature: float = 1.0) -> list[Ten
     return rows
 
 
-def raw_entropies(model: Any, batch: Batch, temperature: float = 1.0) -> list[np.ndarray]:
-    """-sum p log p before each completion token, (N_i,) a row."""
+def raw_entropies(model: Any, batch: Batch, temperature: float = 1.0) -> list[Tensor]:
+    """-sum p log p before each completion token, (N_i,) a row; differentiable."""
     rows = []
     for ids, attended, completion in zip(batch.input_ids, batch.attention_mask, batch.completion_mask, strict=True):
         tokens, first = ids[attended], int(completion.int().argmax())
-        logs = (unwrap(model)(input_ids=tokens[None]).logits[0] / temperature).log_softmax(-1).detach().numpy()
-        rows.append(-(np.exp(logs) * logs).sum(-1)[first - 1 : len(tokens) - 1])
+        logs = (unwrap(model)(input_ids=tokens[None]).logits[0] / temperature).log_softmax(-1)
+        rows.append(-(logs.exp() * logs).sum(-1)[first - 1 : len(tokens) - 1])
     return rows
 
 
@@ -321,6 +360,16 @@ class SlippingSource(Source):
         return groups
 
 
+def fixed(groups: Sequence[Group], **changes: Any) -> FixedSource:
+    """The world's source, but for the rollouts."""
+    usual = source(**changes)
+    return FixedSource(**{name: getattr(usual, name) for name in usual.__dataclass_fields__}, groups=tuple(groups))
+
+
+def slipping(usual: Source) -> SlippingSource:
+    return SlippingSource(**{name: getattr(usual, name) for name in usual.__dataclass_fields__})
+
+
 def nudge(model: nn.Module, size: float, seed: int = 5) -> None:
     """Adds uniform noise of the given size to every trained parameter."""
     with torch.no_grad():
@@ -329,7 +378,9 @@ def nudge(model: nn.Module, size: float, seed: int = 5) -> None:
             parameter += torch.from_numpy((2 * noise - 1) * size).to(parameter.dtype)
 
 
-def rollout(model: Any, text: str, completion: str, *, reward: float, shift: Sequence[float], stop: bool = True) -> Rollout:
+def rollout(
+    model: Any, text: str, completion: str, *, reward: float, shift: Sequence[float], stop: bool = True
+) -> Rollout:
     """A rollout made by hand; its recorded logprobs are the model's, each moved by `shift` (so the KL is `shift`)."""
     asked = prompt(text)
     ids = template().encode_prompt(asked)
@@ -347,14 +398,9 @@ def rollout(model: Any, text: str, completion: str, *, reward: float, shift: Seq
 
 def mutant(module: ModuleType, text: str, replacement: str) -> Any:
     """The algorithm of a fresh copy of `module` in whose source the only occurrence of `text` is replaced."""
-    import inspect
-
     code = inspect.getsource(module)
     assert code.count(text) == 1, f"{text!r} occurs {code.count(text)} times in {module.__name__}: update the mutant"
     copied = ModuleType(f"{module.__name__}_mutant")
     sys.modules[copied.__name__] = copied  # where pydantic looks the annotations up
     exec(compile(code.replace(text, replacement), f"{module.__file__}:{replacement}", "exec"), copied.__dict__)
     return copied.ALGORITHM
-
-
-__all__ = [name for name in dir() if not name.startswith("_")]

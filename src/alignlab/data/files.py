@@ -160,12 +160,16 @@ def _parse_parquet(data: bytes, name: str) -> list[Record]:
 
 
 def read_hub(name: str, config: str | None, split: str | None) -> list[Record]:
-    """The rows of a hub data set's split (`train` if not said)."""
+    """The rows of a hub data set's split (`train` if not said); `owner/name/folder` is one folder of its repository."""
     import datasets
 
     local = "; a local copy can be named in data.path"
+    owner, _, rest = name.partition("/")
+    dataset, _, folder = rest.partition("/")
+    where = f"{owner}/{dataset}" if rest else owner
     try:
-        return [dict(row) for row in datasets.load_dataset(name, config, split=split or "train")]
+        rows = datasets.load_dataset(where, config, data_dir=folder or None, split=split or "train")
+        return [dict(row) for row in rows]
     except datasets.exceptions.DatasetNotFoundError as error:
         if "gated" in str(error):
             page = f"https://huggingface.co/datasets/{name}"

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -16,9 +16,10 @@ import torch
 
 from alignlab.conversation import Template
 from alignlab.data import collate, plan_microbatches
+from alignlab.errors import UserError
 from alignlab.forward import rewards, score
 from alignlab.generate import Sampling
-from alignlab.models import Model, ScalarModel
+from alignlab.models import Model, ScalarModel, unwrap
 from alignlab.rollout import Source, sample_prompts
 from alignlab.statistics.inference import prompt_interval, wilson_interval
 from alignlab.tasks import get_task
@@ -77,8 +78,7 @@ def evaluate_policy(
     rows = []
     for prompt, completions in zip(prompts, sampled, strict=True):
         for completion in completions:
-            grade = dict(get_task(prompt.task).grade(prompt, completion)) if prompt.task else {}
-            rows.append((prompt, completion, grade))
+            rows.append((prompt, completion, _grade(prompt, completion)))
     scores: dict[str, list[float]] = {}
     details: dict[str, list[float]] = {}
     for prompt, _, grade in rows:
@@ -109,9 +109,31 @@ def evaluate_policy(
                 "grade": g,
             }
             for p, c, g in rows
-        ],  # fmt: skip
+        ],
         intervals=_intervals(per_prompt, {p.id: p.task for p in prompts}),
     )
+
+
+def check_gradable(prompts: Sequence[Prompt]) -> None:
+    """Grades an empty completion of the first prompt of every task, so that a run need not end to find out.
+
+    Raises:
+        UserError: a task does not exist, or the prompt lacks what its grading reads.
+    """
+    first = {prompt.task: prompt for prompt in reversed(prompts)}
+    for prompt in first.values():
+        _grade(prompt, Completion(token_ids=(), logprobs=(), finish_reason="stop", text=""))
+
+
+def _grade(prompt: Prompt, completion: Completion) -> dict[str, float]:
+    """What the prompt's task says about a completion; nothing where no task grades it."""
+    if not prompt.task:
+        return {}
+    try:
+        return dict(get_task(prompt.task).grade(prompt, completion))
+    except Exception as error:
+        what = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        raise UserError(f"task {prompt.task!r} cannot grade prompt {prompt.id!r} ({what}); see data.task") from error
 
 
 def task_mean(scores: dict[str, float], tasks: dict[str, str]) -> float:
@@ -171,14 +193,12 @@ def kl_metrics(
 
 
 def _device(model: Model) -> torch.device:
-    from alignlab.models import unwrap
-
     return next(unwrap(model).parameters()).device
 
 
 @torch.no_grad()
 def evaluate_reward_model(model: ScalarModel, source: Source, tasks: Sequence[str]) -> Evaluation:
-    """Pairwise accuracy on held-out pairs (ties count one half) with its Wilson interval, overall and by task.
+    """Pairwise accuracy on held-out pairs (ties count one half) with the Wilson interval of the decisive ones.
 
     Args:
         source: its `pairs` are the held-out ones.
@@ -194,7 +214,9 @@ def evaluate_reward_model(model: ScalarModel, source: Source, tasks: Sequence[st
         here = [w for w, task in zip(won, tasks, strict=True) if not name or task == name]
         key = f"{name}/accuracy" if name else "preference/accuracy"
         metrics[key] = float(np.mean(here))
-        intervals[key] = wilson_interval(sum(here), len(here))
+        decisive = [w for w in here if w != 0.5]
+        if decisive:
+            intervals[key] = wilson_interval(sum(w == 1.0 for w in decisive), len(decisive))
     ids = [f"pair/{i}" for i in range(len(won))]
     return Evaluation(
         scores=dict(zip(ids, won, strict=True)),
@@ -203,26 +225,3 @@ def evaluate_reward_model(model: ScalarModel, source: Source, tasks: Sequence[st
         samples=[],
         intervals=intervals,
     )
-
-
-def nll_per_token(policy: Model, rows: Sequence[Row], template: Template, max_rows: int = 64) -> float:
-    """Token-weighted negative log-likelihood of completions, nats a token; exp of it is the perplexity."""
-    total, tokens, device = 0.0, 0, _device(policy)
-    with torch.no_grad():
-        for index in plan_microbatches([len(row) for row in rows], max_rows):
-            batch = collate([rows[i] for i in index], pad_id=template.pad_id).to(device)
-            total -= score(policy, batch).logprobs.double().sum().item()
-            tokens += int(batch.completion_mask.sum())
-    return total / tokens
-
-
-__all__ = [
-    "Evaluation",
-    "completion_metrics",
-    "evaluate_policy",
-    "evaluate_reward_model",
-    "kl_metrics",
-    "nll_per_token",
-    "replace",
-    "task_mean",
-]

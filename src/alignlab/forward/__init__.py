@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from alignlab.functional.logprobs import token_logprobs, token_logprobs_and_entropy
-from alignlab.models import Model, ScalarModel, active, unwrap
+from alignlab.models import Model, ScalarModel, active, head, trunk
 from alignlab.types import Batch
 
 
@@ -25,42 +25,25 @@ class Scores:
     entropy: Tensor | None = None  # (B, T) nats
 
 
-@dataclass(frozen=True, slots=True)
-class Head:
-    """The output head of a causal LM: logits = hidden @ weight.T, then an optional soft-cap."""
-
-    weight: Tensor  # (V, H)
-    softcap: float | None
-
-
-def head(model: Model) -> Head:
-    """The head of a policy.
-
-    Raises:
-        TypeError: an architecture whose head does more than a matrix product and a soft-cap (bias, logit scaling).
-    """
-    inner = unwrap(model)
-    layer, config = inner.get_output_embeddings(), inner.config.get_text_config()
-    scaled = [k for k in ("logit_scale", "logits_scaling", "lm_head_multiplier") if getattr(config, k, 1.0) not in (None, 1.0)]
-    if scaled or getattr(layer, "bias", None) is not None:
-        raise TypeError(f"{type(inner).__name__} has a head this version does not score ({', '.join(scaled) or 'bias'})")
-    return Head(cast(Tensor, layer.weight), getattr(config, "final_logit_softcapping", None))
+def trunk_states(model: Model, batch: Batch) -> Tensor:
+    """The trunk's last hidden states, (B, T, H), after its final norm; what padding holds means nothing."""
+    mask = batch.attention_mask
+    # Causal attention keeps what is padded on the right from being seen, so it needs no mask, which saves time, and no
+    # position that attends to nothing, which some kernels answer with NaN.
+    right_padded = bool((mask[:, 1:] <= mask[:, :-1]).all())
+    with active(model):
+        output = trunk(model)(
+            input_ids=batch.input_ids,
+            attention_mask=None if right_padded else mask,
+            position_ids=torch.arange(mask.shape[1], device=mask.device)[None] if right_padded else positions(mask),
+            use_cache=False,
+        )
+    return cast(Tensor, output.last_hidden_state)
 
 
 def positions(attention_mask: Tensor) -> Tensor:
-    """(B, T) mask -> (B, T) position ids that count attended tokens from 0; padding on either side changes nothing."""
+    """(B, T) mask -> (B, T) position ids that count attended tokens from 0, wherever they start."""
     return (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
-
-
-def trunk_states(model: Model, batch: Batch) -> Tensor:
-    """The trunk's last hidden states, (B, T, H), after its final norm."""
-    mask = None if bool(batch.attention_mask.all()) else batch.attention_mask
-    with active(model):
-        decoder = unwrap(model).get_decoder()
-        output = decoder(
-            input_ids=batch.input_ids, attention_mask=mask, position_ids=positions(batch.attention_mask), use_cache=False
-        )
-    return cast(Tensor, output.last_hidden_state)
 
 
 def score(model: Model, batch: Batch, *, temperature: float = 1.0, entropy: bool = False) -> Scores:
@@ -78,8 +61,7 @@ def score_and_values(
 ) -> tuple[Scores, Tensor]:
     """Both at once; one pass through the trunk where critic and policy share it."""
     states = trunk_states(policy, batch)
-    shared = value_model.backbone is policy
-    value_states = states if shared else trunk_states(value_model, batch)
+    value_states = states if value_model.backbone is policy else trunk_states(value_model, batch)
     return _score(policy, states, batch, temperature, entropy), _values(value_model, value_states, batch)
 
 

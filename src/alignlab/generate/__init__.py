@@ -1,15 +1,15 @@
 """The sampler: prompt token ids -> completions with the logprob of every sampled token and a finish reason.
 
-Each prompt is prefilled once and its cache expanded to the group. Which token is drawn depends on the model and on a
-uniform number that is a pure function of (seed, phase, prompt, sample, attempt, position), so a completion does not depend
-on what else is in the batch, beyond float rounding.
+Each prompt is prefilled once and its cache expanded to its samples. Which token is drawn depends on the model and on a
+uniform number that is a pure function of (seed, phase, prompt, sample, attempt, position), so a completion does not
+depend on what else is in the batch, beyond float rounding.
 """
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -17,38 +17,16 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from alignlab.data import left_pad
-from alignlab.forward import head
-from alignlab.generate.draw import draw
-from alignlab.models import Model, active, unwrap
+from alignlab.generate.draw import Sampling, draw_tokens, exact
+from alignlab.models import Model, active, head, trunk, unwrap
 from alignlab.types import FinishReason
 
-CHECK_EVERY = {"cpu": 1}
-"""Decoding steps between two looks at which rows have finished; a look costs an accelerator a wait."""
+__all__ = ["Sampled", "Sampling", "SamplingKey", "generate"]
+
+LOOK_EVERY = {"cpu": 1}
+"""Decoding steps between two looks at which rows have finished; elsewhere 8, as on an accelerator a look is a wait."""
 COMPACT_BELOW = 0.85
 """Share of unfinished rows under which the finished ones are dropped from the cache."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Sampling:
-    """How tokens are drawn. Defaults draw from the policy itself, which is what policy-gradient methods need."""
-
-    temperature: float = 1.0
-    """Logits are divided by it; recorded logprobs are at this temperature."""
-    top_k: int = 0
-    """Keep only the k likeliest tokens; 0 keeps all."""
-    top_p: float = 1.0
-    """Keep the smallest set of likeliest tokens with at least this probability."""
-    min_p: float = 0.0
-    """Drop tokens less likely than this share of the likeliest token."""
-    greedy: bool = False
-    """Take the likeliest token; logprobs are still those of the distribution."""
-    max_completion_tokens: int = 64
-    """Cut-off length, the stop token included."""
-
-    @property
-    def on_policy(self) -> bool:
-        """Whether samples come from the very distribution that scoring assumes."""
-        return not self.greedy and self.top_k == 0 and self.top_p == 1.0 and self.min_p == 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +39,7 @@ class SamplingKey:
     attempt: int = 0
 
     def uniforms(self, sample: int, count: int) -> np.ndarray:
-        """`count` float64 numbers in [0, 1), the same on every machine."""
+        """`count` float64 numbers in [0, 1), the same on every machine; fewer are the first ones of more."""
         text = f"{self.seed}/{self.phase}/{self.prompt_id}/{sample}/{self.attempt}"
         digest = hashlib.sha256(text.encode("utf-8")).digest()
         return np.random.Generator(np.random.Philox(key=int.from_bytes(digest[:16], "little"))).random(count)
@@ -93,50 +71,59 @@ def generate(
     Args:
         prompts: P lists of token ids, of any lengths.
         keys: P sampling keys.
-        max_rows: rows decoded at once; more prompts are decoded in turn, which changes no result.
+        max_rows: rows decoded at once; more are decoded in turn, which changes no result.
 
     Returns:
         P lists of `num_samples` completions, in order.
+
+    Raises:
+        ValueError: an empty prompt, as many keys as prompts are not given, or num_samples or max_rows is below 1.
     """
-    module = unwrap(model)
-    was_training = module.training
-    module.eval()
-    results: list[list[Sampled]] = []
-    wave = max(1, max_rows // num_samples)
+    if len(keys) != len(prompts) or num_samples < 1 or max_rows < 1:
+        raise ValueError(f"generate: {len(prompts)} prompts, {len(keys)} keys, {num_samples=}, {max_rows=}")
+    rows = [(prompt, sample) for prompt in range(len(prompts)) for sample in range(num_samples)]
+    flat: list[Sampled] = []
+    training = [module for module in unwrap(model).modules() if module.training]
+    unwrap(model).eval()  # type: ignore[no-untyped-call]
     try:
         with active(model):
-            for start in range(0, len(prompts), wave):
-                here = slice(start, start + wave)
-                results += _wave(model, prompts[here], keys[here], sampling, num_samples, stop_ids, pad_id)
+            for start in range(0, len(rows), max_rows):
+                flat += _wave(model, prompts, keys, rows[start : start + max_rows], sampling, stop_ids, pad_id)
     finally:
-        module.train(was_training)
-    return results
+        for module in training:
+            module.training = True
+    return [flat[start : start + num_samples] for start in range(0, len(flat), num_samples)]
 
 
 @dataclass(frozen=True, slots=True)
 class _Live:
-    """The rows still being decoded. R shrinks as rows finish; `row` says which of all rows each one is."""
+    """The rows still being decoded. R shrinks as rows finish; `row` says which of the wave's rows each one is."""
 
     row: Tensor  # (R,)
-    mask: Tensor  # (R, width) bool, attended so far
-    position: Tensor  # (R,) of the next token
+    mask: Tensor  # (R, prompt width + limit) bool, attended now or later
+    length: Tensor  # (R,) of the prompt
     finished: Tensor  # (R,) bool
+
+    def select(self, index: Tensor) -> _Live:
+        return _Live(self.row[index], self.mask[index], self.length[index], self.finished[index])
 
 
 def _wave(
     model: Model,
     prompts: Sequence[Sequence[int]],
     keys: Sequence[SamplingKey],
+    rows: Sequence[tuple[int, int]],
     sampling: Sampling,
-    num_samples: int,
     stop_ids: frozenset[int],
     pad_id: int,
-) -> list[list[Sampled]]:
-    module, top = unwrap(model), head(model)
-    device, limit = top.weight.device, sampling.max_completion_tokens
-    decoder = module.get_decoder()
-    input_ids, attention_mask, position_ids = (t.to(device) for t in left_pad(prompts, pad_id))
-    cache = DynamicCache(config=module.config)
+) -> list[Sampled]:
+    """Decodes (prompt, sample) rows side by side, in the order given."""
+    decoder, top, limit = trunk(model), head(model), sampling.max_completion_tokens
+    device = top.weight.device
+    first, last = rows[0][0], rows[-1][0]
+    input_ids, attention_mask, position_ids = (t.to(device) for t in left_pad(prompts[first : last + 1], pad_id))
+    width = input_ids.shape[1]
+    cache = DynamicCache(config=unwrap(model).config)
     states = decoder(
         input_ids=input_ids,
         attention_mask=attention_mask,
@@ -144,59 +131,48 @@ def _wave(
         past_key_values=cache,
         use_cache=True,
     ).last_hidden_state[:, -1]
-    if num_samples > 1:
-        cache.batch_repeat_interleave(num_samples)
-        states = states.repeat_interleave(num_samples, 0)
-        attention_mask = attention_mask.repeat_interleave(num_samples, 0)
+    prompt_of_row = torch.tensor([prompt - first for prompt, _ in rows], device=device)
+    cache.batch_select_indices(prompt_of_row)
+    states, mask = states[prompt_of_row], attention_mask[prompt_of_row]
 
-    total = len(prompts) * num_samples
-    uniforms = torch.from_numpy(
-        np.stack([key.uniforms(sample, limit) for key in keys for sample in range(num_samples)])
-    ).to(device)
-    stops = torch.tensor(sorted(stop_ids), device=device)
-    tokens = torch.full((total, limit), pad_id, dtype=torch.long, device=device)
-    logprobs = torch.zeros((total, limit), dtype=torch.float64, device=device)
     live = _Live(
-        row=torch.arange(total, device=device),
-        mask=attention_mask,
-        position=attention_mask.sum(-1),
-        finished=torch.zeros(total, dtype=torch.bool, device=device),
+        row=torch.arange(len(rows), device=device),
+        mask=torch.cat([mask, mask.new_ones(len(rows), limit)], 1),
+        length=mask.sum(-1),
+        finished=torch.zeros(len(rows), dtype=torch.bool, device=device),
     )
-    check_every = CHECK_EVERY.get(device.type, 8)
+    drawn = np.stack([keys[prompt].uniforms(sample, limit) for prompt, sample in rows])
+    uniforms = torch.from_numpy(drawn).to(exact(states)).to(device)
+    stops = torch.tensor(sorted(stop_ids), dtype=torch.long, device=device)
+    tokens = torch.full((len(rows), limit), pad_id, dtype=torch.long, device=device)
+    logprobs = torch.zeros((len(rows), limit), dtype=torch.promote_types(states.dtype, torch.float32), device=device)
+    look_every = LOOK_EVERY.get(device.type, 8)
     for step in range(limit):
-        token, logprob = draw(states, top.weight, uniforms[live.row, step], sampling, top.softcap)
-        going = ~live.finished
-        tokens[live.row, step] = torch.where(going, token, pad_id)
-        logprobs[live.row, step] = torch.where(going, logprob, 0.0).double()
-        live = replace(live, finished=live.finished | torch.isin(token, stops))
+        token, logprob = draw_tokens(states, top.weight, uniforms[live.row, step], sampling, top.softcap)
+        tokens[live.row, step], logprobs[live.row, step] = token, logprob  # beyond a stop token: ignored
         if step + 1 == limit:
             break
-        if (step + 1) % check_every == 0:
-            left = int((~live.finished).sum())
-            if left == 0:
+        live.finished.logical_or_(torch.isin(token, stops))
+        if (step + 1) % look_every == 0:
+            going = int((~live.finished).sum())
+            if going == 0:
                 break
-            if left < COMPACT_BELOW * len(live.row):
-                keep = (~live.finished).nonzero(as_tuple=True)[0]
-                cache.batch_select_indices(keep)
-                live = _Live(live.row[keep], live.mask[keep], live.position[keep], live.finished[keep])
-                token = token[keep]
-        live = replace(live, mask=torch.cat([live.mask, live.mask.new_ones((len(live.row), 1))], 1))
+            if going < COMPACT_BELOW * len(live.row):
+                index = (~live.finished).nonzero()[:, 0]
+                cache.batch_select_indices(index)
+                live, token = live.select(index), token[index]
         states = decoder(
             input_ids=token[:, None],
-            attention_mask=live.mask,
-            position_ids=live.position[:, None],
+            attention_mask=live.mask[:, : width + step + 1],
+            position_ids=(live.length + step)[:, None],
             past_key_values=cache,
             use_cache=True,
         ).last_hidden_state[:, -1]
-        live = replace(live, position=live.position + 1)
-    return _collect(tokens, logprobs, stop_ids, num_samples)
+    return [_completion(*row, stop_ids) for row in zip(tokens.tolist(), logprobs.tolist(), strict=True)]
 
 
-def _collect(tokens: Tensor, logprobs: Tensor, stop_ids: frozenset[int], num_samples: int) -> list[list[Sampled]]:
-    """(rows, limit) buffers -> completions, each cut after its first stop token."""
-    flat: list[Sampled] = []
-    for ids, logs in zip(tokens.tolist(), logprobs.tolist(), strict=True):
-        end = next((i for i, token in enumerate(ids) if token in stop_ids), None)
-        length = len(ids) if end is None else end + 1
-        flat.append(Sampled(tuple(ids[:length]), tuple(logs[:length]), "length" if end is None else "stop"))
-    return [flat[i : i + num_samples] for i in range(0, len(flat), num_samples)]
+def _completion(token_ids: list[int], logprobs: list[float], stop_ids: frozenset[int]) -> Sampled:
+    """One row's buffers, cut after the first stop token."""
+    end = next((i for i, token in enumerate(token_ids) if token in stop_ids), None)
+    length = len(token_ids) if end is None else end + 1
+    return Sampled(tuple(token_ids[:length]), tuple(logprobs[:length]), "length" if end is None else "stop")

@@ -8,14 +8,17 @@ again by its key, a hash of everything that decides its weights.
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from alignlab import registry
 from alignlab.errors import UserError
 from alignlab.models import hush_progress_bars, pick_device
 from alignlab.pipeline.identity import DONE, StageResult, finished_stage, read_done, stage_key
+from alignlab.pipeline.rewards import check_rewards
 from alignlab.pipeline.stage import Lock, Session, StageRun, default_cache
-from alignlab.recipe import Recipe, Stage, load_recipe
+from alignlab.recipe import ModelSection, Recipe, Stage, load_recipe, read_mapping
 from alignlab.tracking import HISTORY
 
 
@@ -42,17 +45,45 @@ def run_recipe(
         quiet=quiet,
         tracking=recipe.tracking,
     )
+    check_recipe(recipe)
     _claim(output, recipe, resume)
     results: list[StageResult] = []
-    for number, stage in enumerate(recipe.stages):
+    for stage in recipe.stages:
         folder = output if len(recipe.stages) == 1 else output / stage.name
-        if stage.start is None and number:
-            before = [r for r in results if r.kind == "policy"]
-            stage = stage.model_copy(update={"start": str(before[-1].folder)}) if before else stage
-        result = run_stage(stage, recipe.seed, folder, session, resume=resume)
+        result = run_stage(following(stage, results), recipe.seed, folder, session, resume=resume)
         session.earlier[stage.name] = result
         results.append(result)
+    record, text = output / "recipe.yaml", recipe.to_yaml()
+    if record.read_text("utf-8") != text:  # resumed with other words or later stages, and every contract has agreed
+        record.write_text(text, "utf-8")
     return results
+
+
+def following(stage: Stage, results: Sequence[StageResult]) -> Stage:
+    """The stage, starting from the last policy made before it unless it says otherwise."""
+    policies = [result for result in results if result.kind == "policy"]
+    if stage.start is not None or not policies:
+        return stage
+    return stage.model_copy(update={"start": str(policies[-1].folder)})
+
+
+def check_recipe(recipe: Recipe) -> None:
+    """Says what can be known to be wrong before anything is loaded or trained.
+
+    Raises:
+        UserError: an unknown task or reward, or a model beside a `start` that decides the weights.
+    """
+    models = {stage.name: stage.model.name for stage in recipe.stages}
+    default = ModelSection()  # as good as not said
+    for stage in recipe.stages:
+        for task in stage.data.task:
+            registry.resolve("tasks", task)
+        if stage.method.data_kind == "prompts":
+            check_rewards(stage)
+        if stage.start and stage.model.name not in (default.name, models.get(stage.start, default.name)):
+            raise UserError(
+                f"stage {stage.name}: model.name has no effect, as start: {stage.start} decides the weights; drop one"
+            )
 
 
 def _claim(output: Path, recipe: Recipe, resume: bool) -> None:
@@ -61,9 +92,12 @@ def _claim(output: Path, recipe: Recipe, resume: bool) -> None:
     begun = path.is_file() and any(output.rglob(HISTORY))
     if begun and not resume and (path.read_text("utf-8") != text or not _finished_all(recipe, output)):
         raise UserError(f"{output} already holds a run; add --resume to go on with it, or choose another --output")
-    output.mkdir(parents=True, exist_ok=True)
-    if not path.is_file() or not any(output.rglob("checkpoints/phase-*")):  # else the checkpoint's contract decides
-        path.write_text(text, "utf-8")
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        if not path.is_file() or not any(output.rglob("checkpoints/phase-*")):  # else the checkpoint's contract decides
+            path.write_text(text, "utf-8")
+    except OSError as error:
+        raise UserError(f"{output}: cannot be a run folder ({error.strerror}); choose another --output") from error
 
 
 def _finished_all(recipe: Recipe, output: Path) -> bool:
@@ -77,10 +111,6 @@ def run_stage(stage: Stage, seed: int, folder: Path, session: Session, *, resume
         _dependency(stage.start, "policy", session),
         _dependency(stage.reward_model, "reward_model", session),
     )
-    if start is not None and "name" in stage.model.model_fields_set:
-        raise UserError(
-            f"stage {stage.name}: model.name has no effect, as start: {stage.start} decides the weights; drop one"
-        )
     key, contract = stage_key(stage, seed, start, reward_stage)
     done = finished_stage(folder, key)
     if done is not None:
@@ -100,21 +130,29 @@ def _dependency(reference: str | None, kind: str, session: Session) -> StageResu
         return _of_kind(session.earlier[reference], kind, reference)
     path = Path(reference)
     if path.is_dir():
-        for candidate in (path, *sorted(p for p in path.iterdir() if p.is_dir())):
+        for candidate in reversed(_stage_folders(path)):
             if (candidate / DONE).is_file() and (candidate / kind).is_dir():
                 return read_done(candidate)
-        raise UserError(f"{path}: not a finished run with a {kind}; train it first")
+        raise UserError(f"{path}: not a finished run with a {kind}; train it first (a model folder is named in model)")
     return cached_stage(path, kind, session)
+
+
+def _stage_folders(run: Path) -> list[Path]:
+    """The folders of a run's stages, in the order of its recipe."""
+    recipe = run / "recipe.yaml"
+    if (run / DONE).is_file() or not recipe.is_file():
+        return [run]
+    return [run / str(stage.get("name")) for stage in read_mapping(recipe).get("stages", [])]
 
 
 def cached_stage(path: Path, kind: str, session: Session) -> StageResult:
     """The last stage of a recipe file, from the cache or trained into it now."""
     recipe = load_recipe(path, debug=session.debug)
+    check_recipe(recipe)
     inner = replace(session, earlier={}, tracking=())
-    result: StageResult | None = None
+    results: list[StageResult] = []
     for stage in recipe.stages:
-        if stage.start is None and result is not None and result.kind == "policy":
-            stage = stage.model_copy(update={"start": str(result.folder)})
+        stage = following(stage, results)
         start = _dependency(stage.start, "policy", inner)
         reward_stage = _dependency(stage.reward_model, "reward_model", inner)
         key, _ = stage_key(stage, recipe.seed, start, reward_stage)
@@ -123,9 +161,9 @@ def cached_stage(path: Path, kind: str, session: Session) -> StageResult:
         if found is None:
             _say(session, f"{path.name}: training {stage.name} first (kept in {folder})")
             found = run_stage(stage, recipe.seed, folder, inner, resume=True)
-        inner.earlier[stage.name] = result = found
-    assert result is not None
-    return _of_kind(result, kind, reference=str(path))
+        inner.earlier[stage.name] = found
+        results.append(found)
+    return _of_kind(results[-1], kind, reference=str(path))
 
 
 def _of_kind(result: StageResult, kind: str, reference: str) -> StageResult:
@@ -139,4 +177,13 @@ def _say(session: Session, line: str) -> None:
         print(line, file=sys.stderr)
 
 
-__all__ = ["Session", "StageResult", "cached_stage", "default_cache", "run_recipe", "run_stage"]
+__all__ = [
+    "Session",
+    "StageResult",
+    "cached_stage",
+    "check_recipe",
+    "default_cache",
+    "following",
+    "run_recipe",
+    "run_stage",
+]

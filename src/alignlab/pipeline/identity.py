@@ -18,6 +18,8 @@ from alignlab.recipe import ModelSection, Stage
 
 DONE = "stage.json"
 """Written last: a folder with it is a finished stage."""
+KNOWN_BY_CONTENT = ("model.name", "data.path", "data.validation_path")
+"""Settings that are paths: what they lead to is hashed, where it lies does not matter."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,15 +44,23 @@ def finished_stage(folder: Path, key: str) -> StageResult | None:
     result = read_done(folder)
     if result.key != key:
         raise UserError(f"{folder}: holds a finished stage of another recipe, data or model; choose another --output")
-    problem = verify(result.model)
-    if problem:
-        raise UserError(f"{result.model}: {problem}; delete {folder} and train it again")
     return result
 
 
 def read_done(folder: Path) -> StageResult:
-    done = json.loads((folder / DONE).read_text("utf-8"))
-    return StageResult(folder=folder, key=done["key"], kind=done["kind"], ledger=done["ledger"], cached=True)
+    """A finished stage as it was recorded.
+
+    Raises:
+        UserError: its record or its model is damaged.
+    """
+    try:
+        done = json.loads((folder / DONE).read_text("utf-8"))
+        result = StageResult(folder=folder, key=done["key"], kind=done["kind"], ledger=done["ledger"], cached=True)
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{folder / DONE}: damaged; delete {folder} and train it again") from error
+    if problem := verify(result.model):
+        raise UserError(f"{result.model}: {problem}; delete {folder} and train it again")
+    return result
 
 
 def stage_key(
@@ -58,7 +68,7 @@ def stage_key(
 ) -> tuple[str, dict[str, Any]]:
     """A hash of everything that decides a stage's weights, and the same as named parts (what a resume must find)."""
     settings = _flat(stage.model_dump(mode="json", serialize_as_any=True, exclude={"name", "start", "reward_model"}))
-    settings = {k: v for k, v in settings.items() if k not in ("data.path", "data.validation_path")}  # known by content
+    settings = {k: v for k, v in settings.items() if k not in KNOWN_BY_CONTENT}
     parts = settings | {
         "seed": seed,
         "start": start.key if start else model_fingerprint(stage.model),
@@ -89,8 +99,8 @@ def data_fingerprint(stage: Stage) -> str:
     """sha256 over the data files of a stage; a hub set is known by its name, revision is the hub's."""
     data = stage.data
     if data.path and Path(data.path).expanduser().is_file():
-        extra = [Path(data.validation_path)] if data.validation_path else []
-        return _hash_files([Path(data.path).expanduser(), *extra])
+        named = (Path(path).expanduser() for path in (data.path, data.validation_path) if path)
+        return _hash_files([path for path in named if path.is_file()])  # what is missing is said when it is read
     if data.path or data.hub:
         return f"{data.path or data.hub}/{data.hub_config}/{data.split}"
     return _hash_files(sorted(p for task in data.task for p in (starter.DATA / task).glob("*.jsonl")))

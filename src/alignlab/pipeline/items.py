@@ -7,7 +7,7 @@ from typing import Any, Literal, cast
 
 from alignlab import starter
 from alignlab.conversation import Template
-from alignlab.data import DataSource, Kind, load_examples
+from alignlab.data import DataSource, Kind, Report, Side, load_examples
 from alignlab.errors import UserError
 from alignlab.recipe import Stage
 from alignlab.rollout import Limits, encode_pairs, fitting_prompts
@@ -18,10 +18,14 @@ Split = Literal["train", "validation", "test"]
 
 def load_items(stage: Stage, kind: Kind, split: Split) -> list[Any]:
     """Examples, pairs or prompts of a stage's split; files and hub sets have no test split of their own."""
-    items: list[Any] = []
-    for source in _data_sources(stage, kind, split):
-        items += load_examples(source, kind, "train" if split == "train" else "validation").items
-    return items
+    return load_reported(stage, kind, split)[0]
+
+
+def load_reported(stage: Stage, kind: Kind, split: Split) -> tuple[list[Any], list[Report]]:
+    """The same, with what became of the rows of each source."""
+    side: Side = "train" if split == "train" else "validation"
+    loaded = [load_examples(source, kind, side) for source in _data_sources(stage, kind, split)]
+    return [item for found in loaded for item in found.items], [found.report for found in loaded]
 
 
 def _data_sources(stage: Stage, kind: Kind, split: Split) -> list[DataSource]:

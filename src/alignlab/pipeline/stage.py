@@ -10,22 +10,21 @@ import sys
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import Any, cast
 
+import psutil
 import torch
 from torch import nn
 
 import alignlab
-from alignlab import registry
 from alignlab.algorithms import Models
 from alignlab.checkpoint import find_checkpoint, load_checkpoint, save_checkpoint, seal
 from alignlab.conversation import Template
 from alignlab.data import Kind
 from alignlab.errors import UserError
-from alignlab.evaluation import Evaluation, evaluate_policy, evaluate_reward_model
+from alignlab.evaluation import Evaluation, check_gradable, evaluate_policy, evaluate_reward_model
 from alignlab.forward import rewards as score_rows
 from alignlab.generate import Sampling
 from alignlab.models import (
@@ -49,10 +48,10 @@ from alignlab.models import (
 )
 from alignlab.optim import AdamWChoice, Schedule, build_optimizers
 from alignlab.pipeline.identity import DONE, StageResult, code_fingerprint
-from alignlab.pipeline.items import first_of_each_task, load_items, pair_fits, validation_prompts
-from alignlab.recipe import ModelSection, RewardEntry, Stage, dump_yaml
-from alignlab.rollout import Limits, Reward, Source, encode_examples, encode_pairs, fitting_prompts, sample_prompts
-from alignlab.tasks import get_task
+from alignlab.pipeline.items import first_of_each_task, load_items, load_reported, pair_fits, validation_prompts
+from alignlab.pipeline.rewards import build_rewards
+from alignlab.recipe import ModelSection, Stage, dump_yaml, read_mapping
+from alignlab.rollout import Limits, Source, encode_examples, encode_pairs, fitting_prompts, sample_prompts
 from alignlab.tracking import HISTORY, Tracker, read_jsonl, write_json
 from alignlab.train import Finished, RunError, train, trained_modules
 from alignlab.types import LoopState, Pair, Row
@@ -107,13 +106,13 @@ class StageRun:
             sampling_rows=stage.train.sampling_rows,
         )
         self._start: Any = None
+        self._held_out: list[Any] = []
         self.kind = (
             "reward_model" if self.roles.get("reward_model") and self.roles["reward_model"].trained else "policy"
         )
 
     def go(self, resume: bool) -> StageResult:
         stage, started = self.stage, time.time()
-        source = self._source()
         models = self._models()
         optimizers = build_optimizers(self.roles, models, AdamWChoice(**stage.train.adamw.model_dump()))
         trained = trained_modules(models, self.roles)
@@ -139,11 +138,15 @@ class StageRun:
                     state = load_checkpoint(found.folder, models=trained, optimizers=optimizers, contract=self.contract)
                     tracker.say(f"{stage.name}: resumed after phase {state.phase} of {stage.train.num_phases}")
             tracker.rewind(state.phase)
+            source = self._source(tracker)
+            self._held_out = self._load_held_out()
             self._write_record(models, started)
             if state.phase == 0:
                 self._evaluate_during(models, state, tracker)
             state = self._loop(models, optimizers, source, state, tracker, trained, checkpoints)
-            evaluation = self._finish(models, source)
+            evaluation = self._finish(models)
+            if evaluation is not None:  # numbered one phase on, so that a resume at the end drops it and logs it anew
+                tracker.log(_evaluation_row(evaluation, state, phase=state.phase))
         ledger = self._ledger(state)
         write_json(
             self.folder / "evaluation.json",
@@ -195,64 +198,34 @@ class StageRun:
 
     # ---- data --------------------------------------------------------------------------------------------------------
 
-    def _source(self) -> Source:
-        stage, kind = self.stage, self.algorithm.data_kind
-        items = load_items(stage, cast(Kind, kind), "train")
-        if not items:
-            raise UserError(f"stage {stage.name}: the data have no {kind} to train on")
-        sampling = Sampling(
-            temperature=getattr(stage.algorithm, "temperature", 1.0),
-            max_completion_tokens=self.limits.max_completion_tokens,
-        )
+    def _source(self, tracker: Tracker) -> Source:
+        stage, kind = self.stage, cast(Kind, self.algorithm.data_kind)
+        items, reports = load_reported(stage, kind, "train")
+        for report in reports if stage.data.path or stage.data.hub else ():
+            tracker.say(f"{stage.name}: {report}")
+        temperature = getattr(stage.algorithm, "temperature", 1.0)
+        sampling = Sampling(temperature=temperature, max_completion_tokens=self.limits.max_completion_tokens)
         source = Source(template=self.template, device=self.session.device, limits=self.limits, sampling=sampling)
         if kind == "examples":
-            return replace(source, examples=encode_examples(items, self.template, self.limits))
-        if kind == "pairs":
-            return replace(source, pairs=encode_pairs(items, self.template, self.limits))
-        prompts = fitting_prompts(items, self.template, self.limits)
-        return replace(source, prompts=prompts, rewards=self._rewards())
+            source = replace(source, examples=encode_examples(items, self.template, self.limits))
+        elif kind == "pairs":
+            source = replace(source, pairs=encode_pairs(items, self.template, self.limits))
+        else:
+            prompts = fitting_prompts(items, self.template, self.limits)
+            source = replace(source, prompts=prompts, rewards=build_rewards(stage, self._learned))
+        dropped = len(items) - len(source.examples) - len(source.pairs) - len(source.prompts)
+        if dropped:
+            tracker.say(f"{stage.name}: left out {dropped} of {len(items)} {kind}: too long, or the same after cutting")
+        return source
 
-    def _rewards(self) -> list[Reward]:
-        """The recipe's reward, or the default rewards of the tasks, each on its own task."""
-        entries: list[tuple[str, RewardEntry]] = list(self.stage.reward.items())
-        if not entries:
-            by_name: dict[str, dict[str, float]] = {}
-            for task in self.stage.data.task:
-                for name, weight in get_task(task).default_reward.items():
-                    by_name.setdefault(name, {})[task] = weight
-            entries = [
-                (name, RewardEntry(weight=weight, tasks=tuple(t for t, w in tasks.items() if w == weight)))
-                for name, tasks in by_name.items()
-                for weight in sorted(set(tasks.values()))
-            ]
-        if not entries:
-            raise UserError(
-                f"stage {self.stage.name}: no reward; name one under `reward`, or a task with a default reward"
-            )
-        return [self._reward(name, entry) for name, entry in entries]
-
-    def _reward(self, name: str, entry: RewardEntry) -> Reward:
-        found = registry.resolve("rewards", name)
-        function = getattr(found, name, found)
-        if not callable(function):
-            raise UserError(f"reward {name!r}: its module has no function called {name}")
-        options = entry.options
-        if name == "learned":
-            if self.reward_stage is None:
-                raise UserError(f"stage {self.stage.name}: reward `learned` needs `reward_model: RECIPE or RUN`")
-            choice = model_choice(self.stage.model, str(self.reward_stage.model))
-            model = load_reward_model(
-                self.reward_stage.model, replace(choice, adapter=None), device=self.session.device
-            )
-            tokenizer = load_tokenizer(str(self.reward_stage.model))
-            template = Template.of(tokenizer, load_generation_config(str(self.reward_stage.model)))
-            options = {**options, "reward_model": model, "template": template}
-        try:
-            bound = partial(function, **options)
-            bound([], [])
-        except TypeError as error:
-            raise UserError(f"reward {name!r}: {error}") from error
-        return Reward(name=name, function=bound, weight=entry.weight, tasks=entry.tasks)
+    def _learned(self) -> dict[str, Any]:
+        """What the reward `learned` scores with: the stage's reward model and its own template."""
+        assert self.reward_stage is not None
+        folder = self.reward_stage.model
+        choice = replace(model_choice(self.stage.model, str(folder)), adapter=None)
+        model = load_reward_model(folder, choice, device=self.session.device)
+        template = Template.of(load_tokenizer(str(folder)), load_generation_config(str(folder)))
+        return {"reward_model": model, "template": template}
 
     # ---- models ------------------------------------------------------------------------------------------------------
 
@@ -283,18 +256,33 @@ class StageRun:
             return
         evaluation = self._evaluate(models)
         if evaluation is not None:
-            row = {f"evaluation/{k}": v for k, v in evaluation.metrics.items()}
-            tracker.log({"phase": max(0, state.phase - 1), "step": state.step, "phases_done": state.phase, **row})
+            tracker.log(_evaluation_row(evaluation, state, phase=max(0, state.phase - 1)))
+
+    def _load_held_out(self) -> list[Any]:
+        """The prompts or pairs of every evaluation; read before training, so that what is wrong with them is said then.
+
+        Raises:
+            UserError: there are none, or their task cannot grade them.
+        """
+        count = self.stage.evaluation.prompts_per_task
+        if not count:
+            return []
+        try:
+            if self.kind == "reward_model":
+                pairs = first_of_each_task(load_items(self.stage, "pairs", "validation"), count)
+                return [pair for pair in pairs if pair_fits(pair, self.template, self.limits)]
+            prompts = validation_prompts(self.stage, count, self.template, self.limits)
+            check_gradable(prompts)
+        except UserError as error:
+            raise UserError(f"evaluation: {error}; evaluation.prompts_per_task=0 switches evaluation off") from error
+        return prompts
 
     def _evaluate(self, models: Models) -> Evaluation | None:
         settings = self.stage.evaluation
-        if not settings.prompts_per_task:
+        if not self._held_out:
             return None
         if self.kind == "reward_model":
             return self._evaluate_reward_model(models)
-        prompts = validation_prompts(self.stage, settings.prompts_per_task, self.template, self.limits)
-        if not prompts:
-            return None
         sampling = Sampling(
             temperature=settings.temperature,
             greedy=settings.greedy,
@@ -302,7 +290,7 @@ class StageRun:
         )
         reference = self._start_policy(models) if settings.kl_to_start and self.start else None
         return evaluate_policy(
-            models["policy"], prompts, self.template, sampling, samples=settings.samples, reference=reference
+            models["policy"], self._held_out, self.template, sampling, samples=settings.samples, reference=reference
         )
 
     def _start_policy(self, models: Models) -> Any:
@@ -310,22 +298,17 @@ class StageRun:
         if "reference" in models:
             return models["reference"]
         if self._start is None:
-            self._start = frozen_policy(self.choice, self.session.device)
+            self._start = frozen_policy(self.choice, self.session.device, seed=self.seed)
         return self._start
 
-    def _evaluate_reward_model(self, models: Models) -> Evaluation | None:
-        pairs = cast(list[Pair], load_items(self.stage, "pairs", "validation"))
-        pairs = first_of_each_task(pairs, self.stage.evaluation.prompts_per_task)
-        fitting = [p for p in pairs if pair_fits(p, self.template, self.limits)]
-        if not fitting:
-            return None
+    def _evaluate_reward_model(self, models: Models) -> Evaluation:
         source = Source(
             template=self.template, device=self.session.device, limits=self.limits, sampling=Sampling(),
-            pairs=encode_pairs(fitting, self.template, self.limits),
+            pairs=encode_pairs(self._held_out, self.template, self.limits),
         )  # fmt: skip
-        return evaluate_reward_model(models["reward_model"], source, [p.prompt.task for p in fitting])
+        return evaluate_reward_model(models["reward_model"], source, [p.prompt.task for p in self._held_out])
 
-    def _finish(self, models: Models, source: Source) -> Evaluation | None:
+    def _finish(self, models: Models) -> Evaluation | None:
         """After the last phase: normalise a reward model, evaluate, and write the result."""
         if self.kind == "reward_model":
             self._normalise(models["reward_model"])
@@ -348,11 +331,10 @@ class StageRun:
 
     def _normalise(self, model: ScalarModel) -> None:
         """Shift and scale so that the starting policy's own answers score mean 0 and standard deviation 1."""
-        prompts = [
-            p.prompt for p in cast(list[Pair], load_items(self.stage, "pairs", "train"))[: NORMALISATION_PROMPTS * 4]
-        ]
-        prompts = fitting_prompts(prompts, self.template, self.limits)[:: max(1, len(prompts) // NORMALISATION_PROMPTS)]
-        reference = frozen_policy(self.choice, self.session.device)
+        pairs = cast(list[Pair], load_items(self.stage, "pairs", "train"))
+        spread_out = [pair.prompt for pair in pairs[:: max(1, len(pairs) // NORMALISATION_PROMPTS)]]
+        prompts = fitting_prompts(spread_out, self.template, self.limits)
+        reference = frozen_policy(self.choice, self.session.device, seed=self.seed)
         ids = [self.template.encode_prompt(p) for p in prompts]
         sampling = Sampling(max_completion_tokens=self.limits.max_completion_tokens)
         sampled = sample_prompts(
@@ -373,11 +355,13 @@ class StageRun:
 
     def _write_record(self, models: Models, started: float) -> None:
         path = self.folder / "recipe.yaml"
-        if not path.is_file():
+        if not path.is_file() or "stages" not in read_mapping(path):  # a single stage's is the whole recipe's
             stage = {
                 "name": self.folder.name,
                 "seed": self.seed,
                 **self.stage.model_dump(mode="json", serialize_as_any=True),
+                "start": str(self.start.folder.resolve()) if self.start else None,
+                "reward_model": str(self.reward_stage.folder.resolve()) if self.reward_stage else None,
             }
             path.write_text(dump_yaml(stage), "utf-8")
         packages = ("torch", "transformers", "peft", "tokenizers", "safetensors", "numpy")
@@ -417,6 +401,12 @@ class StageRun:
         }  # fmt: skip
 
 
+def _evaluation_row(evaluation: Evaluation, state: LoopState, *, phase: int) -> dict[str, Any]:
+    """An evaluation as a row of the log, under the number of a phase."""
+    metrics = {f"evaluation/{name}": value for name, value in evaluation.metrics.items()}
+    return {"phase": phase, "step": state.step, "phases_done": state.phase, **metrics}
+
+
 def peak_memory(device: torch.device) -> float:
     """Bytes: the accelerator's peak allocation, or the largest resident size of this process so far."""
     if device.type == "cuda":
@@ -426,9 +416,10 @@ def peak_memory(device: torch.device) -> float:
 
 
 def model_choice(section: ModelSection, name: str) -> ModelChoice:
-    """The recipe's model section as plain arguments, for the model or folder of that name."""
+    """The recipe's model section as plain arguments, for its own model or for a folder that training made."""
+    own = {"revision", "weights", "overrides"} if name == section.name else set()
     adapter = LoraChoice(**section.adapter.model_dump()) if section.adapter else None
-    return ModelChoice(**{**section.model_dump(exclude={"adapter", "name"}), "name": name, "adapter": adapter})
+    return ModelChoice(**section.model_dump(include={"dtype", "attention", *own}), name=name, adapter=adapter)
 
 
 class Lock:
@@ -438,14 +429,14 @@ class Lock:
         self.path = folder / ".lock"
 
     def __enter__(self) -> None:
-        for _ in range(2):
+        while True:
             try:
                 with self.path.open("x", encoding="utf-8") as stream:
                     stream.write(str(os.getpid()))
                 return
             except FileExistsError:
-                owner = self.path.read_text("utf-8").strip()
-                if owner.isdigit() and int(owner) != os.getpid() and _alive(int(owner)):
+                owner = self._owner()
+                if owner is not None and owner != os.getpid() and psutil.pid_exists(owner):
                     raise UserError(
                         f"{self.path.parent}: process {owner} is running this; wait for it or stop it"
                     ) from None
@@ -454,12 +445,14 @@ class Lock:
     def __exit__(self, *error: object) -> None:
         self.path.unlink(missing_ok=True)
 
-
-def _alive(process: int) -> bool:
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True
+    def _owner(self) -> int | None:
+        """The process id in the file, which may just have been created; None if nobody writes one or it is gone."""
+        for _ in range(20):
+            try:
+                text = self.path.read_text("utf-8", errors="replace").strip()
+            except FileNotFoundError:
+                return None
+            if text.isdigit():
+                return int(text)
+            time.sleep(0.01)
+        return None

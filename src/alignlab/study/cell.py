@@ -15,13 +15,20 @@ from alignlab.conversation import Template
 from alignlab.errors import UserError
 from alignlab.evaluation import Evaluation, evaluate_policy
 from alignlab.generate import Sampling
-from alignlab.models import frozen_policy, hush_progress_bars, load_generation_config, load_tokenizer, pick_device
-from alignlab.pipeline import Session, StageResult, cached_stage, run_stage
+from alignlab.models import (
+    frozen_policy,
+    hush_progress_bars,
+    load_generation_config,
+    load_tokenizer,
+    num_parameters,
+    pick_device,
+)
+from alignlab.pipeline import Session, StageResult, cached_stage, following, run_stage
 from alignlab.pipeline.items import validation_prompts
 from alignlab.pipeline.stage import model_choice
-from alignlab.recipe import Recipe, Stage, load_recipe
+from alignlab.recipe import ModelSection, Recipe
 from alignlab.rollout import Limits
-from alignlab.study.plan import Node, Study, arm_recipe, nodes
+from alignlab.study.plan import Node, Study, arm_recipe, nodes, start_recipe
 from alignlab.tracking import HISTORY, read_jsonl, write_json
 from alignlab.train import RunError
 
@@ -34,68 +41,75 @@ CURVES = {
 """Learning curve of the report -> metric of the log."""
 
 
-def run_node(study: Study, node: Node, folder: Path, *, debug: bool = False) -> None:
+def run_node(study: Study, node: Node, folder: Path) -> None:
     """Runs a node and writes `cells/NAME.json`; a node that is finished only finds that out again."""
-    session = Session(device=pick_device(), cache=folder / "shared", debug=debug, quiet=True)
-    start_recipe = load_recipe(Path(study.start), debug=debug)
+    session = Session(device=pick_device(), cache=folder / "shared", debug=study.debug, quiet=True)
+    base = start_recipe(study)
     if node.kind == "start":
-        evaluation = _test(study, start_recipe.stages[0], start_recipe.stages[0].model.name, session, None)
-        _write(folder, node, evaluation, {}, {}, start_recipe)
+        section = base.stages[0].model
+        _write(folder, node, _test(study, section, section.name, session, None), {}, {}, base)
         return
     start = cached_stage(Path(study.start), "policy", session)
     if node.kind == "sft":
-        evaluation = _test(study, start_recipe.stages[-1], str(start.model), session, start)
-        _write(folder, node, evaluation, start.ledger, {"key": start.key}, start_recipe)
+        found = _test(study, base.stages[-1].model, str(start.model), session, start)
+        _write(folder, node, found, start.ledger, {"key": start.key}, base)
         return
-    assert study.reward_model
     if node.kind == "reward_model":
+        assert study.reward_model
         trained = cached_stage(Path(study.reward_model), "reward_model", session)
-        found = json.loads((trained.folder / "evaluation.json").read_text("utf-8"))
-        record = {"key": trained.key, "metrics": found.get("metrics", {}), "intervals": found.get("intervals", {})}
+        evaluation = json.loads((trained.folder / "evaluation.json").read_text("utf-8"))
+        record = {"key": trained.key, **{k: evaluation.get(k, {}) for k in ("metrics", "intervals")}}
         write_json(_path(folder, node), {"node": node.name, **record, "ledger": trained.ledger})
         return
-    _cell(study, node, folder, session, start, debug)
+    _cell(study, node, folder, session, start)
 
 
-def _cell(study: Study, node: Node, folder: Path, session: Session, start: StageResult, debug: bool) -> None:
+def _cell(study: Study, node: Node, folder: Path, session: Session, start: StageResult) -> None:
     assert node.seed is not None
-    recipe = arm_recipe(study, node.arm, node.seed, debug=debug)
+    recipe = arm_recipe(study, node.arm, node.seed)
     run = folder / "cells" / node.name
     results: list[StageResult] = []
     for stage in recipe.stages:
         inside = run if len(recipe.stages) == 1 else run / stage.name
-        if stage.start is None and results:
-            stage = stage.model_copy(update={"start": str(results[-1].folder)})
-        results.append(run_stage(stage, node.seed, inside, session, resume=True))
+        result = run_stage(following(stage, results), node.seed, inside, session, resume=True)
+        session.earlier[stage.name] = result
+        results.append(result)
     last = results[-1]
+    if last.kind != "policy":
+        raise UserError(f"{run}: the arm ends with a {last.kind}, but a policy is compared")
     provenance = json.loads((results[0].folder / "provenance.json").read_text("utf-8"))
     if provenance["start"] != start.key:
         raise UserError(f"{run}: started from {provenance['start'][:12]}, not from the shared policy {start.key[:12]}")
-    evaluation = _test(study, recipe.stages[-1], str(last.model), session, start)
+    found = _test(study, recipe.stages[-1].model, str(last.model), session, start)
     ledger = {k: sum(r.ledger.get(k, 0.0) for r in results) for k in last.ledger}
     ledger["peak_memory_bytes"] = max(r.ledger["peak_memory_bytes"] for r in results)
     shared = {"key": last.key, "start": provenance["start"], "reward_model": provenance["reward_model"]}
-    _write(folder, node, evaluation, ledger, shared, recipe, curves(last.folder))
+    _write(folder, node, found, ledger, shared, recipe, curves(last.folder))
 
 
-def _test(study: Study, stage: Stage, model: str, session: Session, start: StageResult | None) -> Evaluation:
-    """The study's held-out evaluation of a model, with the KL to the shared starting policy."""
-    settings = study.evaluation
-    count = 2 if session.debug else settings.prompts_per_task
-    samples = 1 if session.debug else settings.samples
-    tokenizer = load_tokenizer(model)
-    template = Template.of(tokenizer, load_generation_config(model))
+def _test(
+    study: Study, section: ModelSection, model: str, session: Session, start: StageResult | None
+) -> tuple[Evaluation, int]:
+    """The held-out evaluation of a model, and how many parameters it has.
+
+    Prompts and length limits are those of the start recipe for every arm, whatever it was trained with; the KL is to
+    the shared starting policy.
+    """
+    settings, stage = study.evaluation, start_recipe(study).stages[-1]
+    template = Template.of(load_tokenizer(model), load_generation_config(model))
     limits = Limits(
         max_prompt_tokens=stage.data.max_prompt_tokens, max_completion_tokens=stage.data.max_completion_tokens
     )
     data = stage.data.model_copy(update={"task": study.tasks})
-    prompts = validation_prompts(stage.model_copy(update={"data": data}), count, template, limits, settings.split)
-    policy = frozen_policy(model_choice(stage.model, model), session.device)
+    stage = stage.model_copy(update={"data": data})
+    prompts = validation_prompts(stage, settings.prompts_per_task, template, limits, settings.split)
+    policy = frozen_policy(model_choice(section, model), session.device)
     reference = None
     if start is not None and str(start.model) != model:
-        reference = frozen_policy(model_choice(stage.model, str(start.model)), session.device)
+        reference = frozen_policy(model_choice(section, str(start.model)), session.device)
     sampling = Sampling(temperature=settings.temperature, max_completion_tokens=limits.max_completion_tokens)
-    return evaluate_policy(policy, prompts, template, sampling, samples=samples, reference=reference)
+    found = evaluate_policy(policy, prompts, template, sampling, samples=settings.samples, reference=reference)
+    return found, num_parameters(policy)
 
 
 def curves(run: Path) -> dict[str, list[list[float]]]:
@@ -116,12 +130,13 @@ def _path(folder: Path, node: Node) -> Path:
 def _write(
     folder: Path,
     node: Node,
-    evaluation: Evaluation,
+    found: tuple[Evaluation, int],
     ledger: dict[str, float],
     shared: dict[str, Any],
     recipe: Recipe,
     learning: dict[str, list[list[float]]] | None = None,
 ) -> None:
+    evaluation, parameters = found
     write_json(
         _path(folder, node),
         {
@@ -136,21 +151,22 @@ def _write(
             "samples": evaluation.samples,
             "ledger": ledger,
             "curves": learning or {},
+            "parameters": parameters,
             "recipe": recipe.model_dump(mode="json", serialize_as_any=True),
         },
     )
 
 
 def main(arguments: list[str]) -> int:
-    """`python -m alignlab.study.cell FOLDER NODE [--debug]`: 0 finished, 1 failed (one line on stderr, trace in a
-    file)."""
+    """`python -m alignlab.study.cell FOLDER NODE`: 0 finished, 1 failed (a line on stderr, the traceback in a file)."""
     folder, name = Path(arguments[0]), arguments[1]
+    sys.path.append(os.getcwd())  # a user's own rewards and methods are named by import path
     hush_progress_bars()
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
     study = Study.model_validate(json.loads((folder / "study.json").read_text("utf-8")))
     node = next(n for n in nodes(study) if n.name == name)
     try:
-        run_node(study, node, folder, debug="--debug" in arguments)
+        run_node(study, node, folder)
     except (UserError, RunError) as error:
         print(error, file=sys.stderr)
         return 1

@@ -7,11 +7,11 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from rich.console import Console
+from rich.markup import escape
 
 from alignlab.errors import UserError
 from alignlab.study.plan import Node, Study, nodes, plan_hash
@@ -26,7 +26,7 @@ class _Running:
     started: float
 
 
-def execute(study: Study, folder: Path, console: Console, *, debug: bool = False) -> dict[str, str]:
+def execute(study: Study, folder: Path, console: Console) -> dict[str, str]:
     """Runs every node that is not finished; returns node -> error line for those that failed.
 
     A failed cell does not stop the others; what waits for a failed shared stage fails with it. Ctrl-C stops all of
@@ -54,7 +54,7 @@ def execute(study: Study, folder: Path, console: Console, *, debug: bool = False
                     console.print(f"  {node.name:<16} already finished", highlight=False)
                 elif len(running) < study.workers and all(n in finished for n in node.needs):
                     waiting.remove(node)
-                    running.append(_launch(node, folder, threads, debug))
+                    running.append(_launch(node, folder, threads))
             for job in list(running):
                 if job.process.poll() is None:
                     continue
@@ -69,6 +69,8 @@ def execute(study: Study, folder: Path, console: Console, *, debug: bool = False
     finally:
         for job in running:
             job.process.terminate()
+        for job in running:
+            job.process.wait()
     return failed
 
 
@@ -76,20 +78,22 @@ def _claim(study: Study, folder: Path) -> None:
     """A folder belongs to one plan; a restart with the same plan goes on."""
     path, identity = folder / "plan.json", plan_hash(study)
     if path.is_file() and json.loads(path.read_text("utf-8"))["plan"] != identity:
-        raise UserError(f"{folder}: holds a study with another plan; choose another --output")
+        raise UserError(
+            f"{folder}: holds a study with another plan, or of another version of alignlab; choose another --output"
+        )
     (folder / "cells").mkdir(parents=True, exist_ok=True)
     write_json(path, {"plan": identity})
     write_json(folder / "study.json", study.model_dump(mode="json"))
 
 
-def _launch(node: Node, folder: Path, threads: int, debug: bool) -> _Running:
-    command: Sequence[str] = [sys.executable, "-m", "alignlab.study.cell", str(folder), node.name]
+def _launch(node: Node, folder: Path, threads: int) -> _Running:
+    # -P: a file of the user's named like a module of ours must not be taken for it
+    command = [sys.executable, "-P", "-m", "alignlab.study.cell", str(folder), node.name]
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false"}
     log = folder / "cells" / f"{node.name}.log"
     with log.open("a", encoding="utf-8") as stream:
         process = subprocess.Popen(
-            [*command, *(["--debug"] if debug else [])],
-            stdout=stream, stderr=stream, stdin=subprocess.DEVNULL, env=environment, text=True,
+            command, stdout=stream, stderr=stream, stdin=subprocess.DEVNULL, env=environment, text=True
         )  # fmt: skip
     return _Running(node, process, log, time.monotonic())
 
@@ -105,7 +109,7 @@ def _outcome(job: _Running, folder: Path) -> str:
 def _tell(console: Console, job: _Running, error: str, done: int, total: int, elapsed: float) -> None:
     seconds = time.monotonic() - job.started
     left = elapsed / done * (total - done)
-    state = f"[red]failed[/red]: {error}" if error else "finished"
+    state = f"[red]failed[/red]: {escape(error)}" if error else "finished"
     console.print(
         f"  {job.node.name:<16} {state} in {seconds:4.0f} s   {done}/{total}, about {left / 60:.0f} min left",
         highlight=False,

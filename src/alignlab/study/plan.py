@@ -12,8 +12,21 @@ from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
+from alignlab import registry
 from alignlab.errors import UserError
-from alignlab.recipe import Names, Recipe, Section, _beside, apply_overrides, load_recipe, read_mapping, validate
+from alignlab.pipeline import check_recipe
+from alignlab.pipeline.identity import code_fingerprint
+from alignlab.recipe import (
+    FolderName,
+    Names,
+    Recipe,
+    Section,
+    _beside,
+    apply_overrides,
+    load_recipe,
+    read_mapping,
+    validate,
+)
 
 
 class StudyEvaluation(Section):
@@ -45,7 +58,7 @@ class Arm(Section):
 class Study(Section):
     """Several methods x several seeds from the same start, under one plan."""
 
-    name: str
+    name: FolderName
     title: str | None = None
     seeds: tuple[int, ...] = Field((42, 123, 777), min_length=1)
     """Training seeds, the same for every arm, so that arms are paired by seed and prompt."""
@@ -53,9 +66,9 @@ class Study(Section):
     """Recipe of the shared starting policy (SFT)."""
     reward_model: str | None = None
     """Recipe of the shared reward model."""
-    arms: dict[str, Arm] = Field(min_length=1)
+    arms: dict[FolderName, Arm] = Field(min_length=1)
     tasks: Names = ()
-    """Tasks of the evaluation; default: those of the first arm's recipe."""
+    """Tasks of the evaluation; default: those of the start recipe."""
     primary: Literal["score"] = "score"
     """The metric the verdicts are about: mean over tasks of the graded score in [0, 1]."""
     equivalence_margin: float | None = Field(None, gt=0, lt=1)
@@ -67,6 +80,8 @@ class Study(Section):
     """What the arms are matched on, in words."""
     tuning_note: str = ""
     """How each arm's hyperparameters were found, in words."""
+    debug: bool = False
+    """Two phases of every stage and two prompts a task: shows that a plan runs, and nothing else."""
 
     @field_validator("arms", mode="before")
     @classmethod
@@ -96,7 +111,7 @@ class Node:
     needs: tuple[str, ...] = ()
 
 
-def load_study(path: Path, overrides: tuple[str, ...] = ()) -> Study:
+def load_study(path: Path, overrides: tuple[str, ...] = (), *, debug: bool = False) -> Study:
     """Reads and checks a plan; recipes in it are relative to it.
 
     Raises:
@@ -108,30 +123,41 @@ def load_study(path: Path, overrides: tuple[str, ...] = ()) -> Study:
     arms = {k: arm.model_copy(update={"recipe": _beside(arm.recipe, path)}) for k, arm in study.arms.items()}
     reward_model = _beside(study.reward_model, path) if study.reward_model else None
     resolved = {"arms": arms, "start": _beside(study.start, path), "reward_model": reward_model}
-    study = study.model_copy(update=resolved)
+    study = study.model_copy(update={**resolved, "debug": debug or study.debug})
+    if study.debug:
+        few = study.evaluation.model_copy(update={"prompts_per_task": 2, "samples": 1})
+        study = study.model_copy(update={"evaluation": few})
     if not study.tasks:
-        first = arm_recipe(study, next(iter(arms)), study.seeds[0])
-        study = study.model_copy(update={"tasks": first.stages[-1].data.task})
+        study = study.model_copy(update={"tasks": start_recipe(study).stages[-1].data.task})
     if not study.tasks:
         raise UserError(f"{path}: tasks: no task to evaluate on; name some")
+    for task in study.tasks:
+        registry.resolve("tasks", task)
     for name in arms:
-        _check_shared(study, name, path)
+        _check_arm(study, name, path)
     return study
 
 
-def arm_recipe(study: Study, arm: str, seed: int, debug: bool = False) -> Recipe:
+def start_recipe(study: Study) -> Recipe:
+    """The recipe of the shared starting policy; its data section says how prompts and completions are read and cut."""
+    return load_recipe(Path(study.start), debug=study.debug)
+
+
+def arm_recipe(study: Study, arm: str, seed: int) -> Recipe:
     """The recipe of a cell."""
     entry = study.arms[arm]
-    return load_recipe(Path(entry.recipe), [*entry.set, f"seed={seed}"], debug=debug)
+    return load_recipe(Path(entry.recipe), [*entry.set, f"seed={seed}"], debug=study.debug)
 
 
-def _check_shared(study: Study, arm: str, path: Path) -> None:
+def _check_arm(study: Study, arm: str, path: Path) -> None:
     """Every arm starts from the study's policy and uses its reward model, or the comparison is not controlled."""
-    first = arm_recipe(study, arm, study.seeds[0]).stages[0]
-    if first.start != study.start:
-        raise UserError(f"{path}: arm {arm} starts from {first.start}, not from the shared {study.start}")
-    if first.reward_model not in (None, study.reward_model):
-        raise UserError(f"{path}: arm {arm} uses {first.reward_model}, not the shared {study.reward_model}")
+    recipe = arm_recipe(study, arm, study.seeds[0])
+    check_recipe(recipe)
+    if recipe.stages[0].start != study.start:
+        raise UserError(f"{path}: arm {arm} starts from {recipe.stages[0].start}, not from the shared {study.start}")
+    for stage in recipe.stages:
+        if stage.reward_model not in (None, study.reward_model, *(s.name for s in recipe.stages)):
+            raise UserError(f"{path}: arm {arm} uses {stage.reward_model}, not the shared {study.reward_model}")
 
 
 def nodes(study: Study) -> list[Node]:
@@ -139,18 +165,23 @@ def nodes(study: Study) -> list[Node]:
     found = [Node("start", "start"), Node("sft", "sft")]
     if study.reward_model:
         found.append(Node("reward_model", "reward_model", needs=("sft",)))
-    uses_reward = {a: arm_recipe(study, a, study.seeds[0]).stages[0].reward_model is not None for a in study.arms}
-    for seed in study.seeds:
-        for arm in study.arms:
-            needs = ("sft", "reward_model") if uses_reward[arm] else ("sft",)
-            found.append(Node(f"{arm}-{seed}", "cell", arm, seed, needs))
-    return found
+    needs = {arm: ("sft", "reward_model") if _uses_reward_model(study, arm) else ("sft",) for arm in study.arms}
+    return found + [Node(f"{arm}-{seed}", "cell", arm, seed, needs[arm]) for seed in study.seeds for arm in study.arms]
+
+
+def _uses_reward_model(study: Study, arm: str) -> bool:
+    stages = arm_recipe(study, arm, study.seeds[0]).stages
+    return study.reward_model is not None and any(stage.reward_model == study.reward_model for stage in stages)
 
 
 def plan_hash(study: Study) -> str:
-    """Identity of a plan and of the recipes in it; how many workers run it does not matter."""
-    recipes = {
-        arm: arm_recipe(study, arm, study.seeds[0]).model_dump(mode="json", serialize_as_any=True) for arm in study.arms
+    """Identity of a plan: what it says, its recipes, and the code; how many workers run it does not matter."""
+    recipes = [start_recipe(study), *(arm_recipe(study, arm, study.seeds[0]) for arm in study.arms)]
+    if study.reward_model:
+        recipes.append(load_recipe(Path(study.reward_model), debug=study.debug))
+    parts: dict[str, Any] = {
+        "study": study.model_dump(mode="json", exclude={"workers"}),
+        "recipes": [recipe.model_dump(mode="json", serialize_as_any=True) for recipe in recipes],
+        "code": code_fingerprint(),
     }
-    parts: dict[str, Any] = {"study": study.model_dump(mode="json", exclude={"workers"}), "recipes": recipes}
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()

@@ -17,8 +17,8 @@ from typing import Any
 import numpy as np
 
 import alignlab
-from alignlab import registry
-from alignlab.recipe import load_recipe
+from alignlab.pipeline.items import load_items
+from alignlab.pipeline.rewards import reward_entries
 from alignlab.statistics.effects import effect
 from alignlab.statistics.inference import (
     EQUIVALENCE_CONFIDENCE,
@@ -27,26 +27,31 @@ from alignlab.statistics.inference import (
     seeds_all_above,
     verdict,
 )
-from alignlab.study.plan import Study, arm_recipe
+from alignlab.study.plan import Study, arm_recipe, start_recipe
 
 LABELS = {"start": "untrained model", "sft": "SFT", "dpo": "DPO", "ppo": "PPO", "grpo": "GRPO"}
+GRADERS = {"reasoning": "exact", "gsm8k": "exact", "code": "code"}
+"""Task -> the reward that is its grader."""
 SAMPLE_PROMPTS = 8
 """Prompts of each task whose completions the report shows."""
 
 
 def collect_results(study: Study, folder: Path, failed: Mapping[str, str], wall_seconds: float) -> dict[str, Any]:
     """Reads the cells of a study and computes everything its report says."""
+    sft, reward_model = (_read(folder / "cells" / f"{name}.json") for name in ("sft", "reward_model"))
     arms = [
         {"name": name, "label": _label(study, name), "kind": "baseline", "runs": [_run(folder, name, None, failed)]}
         for name in ("start", "sft")
     ]
+    shared = {"start": sft.get("key"), "reward_model": reward_model.get("key")}
     for name in study.arms:
-        runs = [_run(folder, f"{name}-{seed}", seed, failed) for seed in study.seeds]
+        runs = [_only_shared(_run(folder, f"{name}-{seed}", seed, failed), shared) for seed in study.seeds]
         arms.append({"name": name, "label": _label(study, name), "kind": "arm", "runs": runs})
+    notes = [f"{name}: {error}" for name, error in failed.items()]
+    if study.debug:
+        notes.insert(0, "a --debug study: two phases of every stage and two prompts a task, so its numbers say nothing")
     prompts = _prompts(study)
     samples = _samples(study, arms, folder, prompts)
-    reward_model = _read(folder / "cells" / "reward_model.json")
-    sft = _read(folder / "cells" / "sft.json")
     return {
         "schema": 1,
         "alignlab_version": alignlab.__version__,
@@ -69,7 +74,7 @@ def collect_results(study: Study, folder: Path, failed: Mapping[str, str], wall_
         "arms": arms,
         "comparisons": comparisons(study, arms),
         "samples": samples,
-        "notes": [f"{name}: {error}" for name, error in failed.items()],
+        "notes": notes,
     }  # fmt: skip
 
 
@@ -98,11 +103,31 @@ def _run(folder: Path, node: str, seed: int | None, failed: Mapping[str, str]) -
         "intervals": found["intervals"],
         "ledger": found["ledger"],
         "curves": found["curves"],
+        "parameters": found["parameters"],
+        "phase_label": _phase_label(found["recipe"]["stages"][-1]["algorithm"]),
     }
 
 
+def _only_shared(run: dict[str, Any], shared: Mapping[str, Any]) -> dict[str, Any]:
+    """The run, or a failed one if it was made from another policy or reward model than the study's."""
+    others = [k for k, key in run.get("hashes", {}).items() if k in shared and key != shared[k]]
+    if not others:
+        return run
+    error = f"its {others[0]} is not the one the study shares; delete {run['folder']}* and start the study again"
+    return {"seed": run["seed"], "status": "failed", "error": error, "folder": run["folder"]}
+
+
+def _phase_label(algorithm: Mapping[str, Any]) -> str:
+    """What one phase of a method is, for the axis of its curves."""
+    if "pairs_per_step" in algorithm:
+        return f"steps of {algorithm['pairs_per_step']} pairs"
+    if "prompts_per_phase" in algorithm:
+        return f"phases of {algorithm['prompts_per_phase']} prompts x {algorithm['group_size']}"
+    return "steps"
+
+
 def _plan(study: Study, arms: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    start = load_recipe(Path(study.start)).stages[0]
+    start = start_recipe(study)
     recipes = {arm: arm_recipe(study, arm, study.seeds[0]) for arm in study.arms}
     return {
         "seeds": list(study.seeds),
@@ -114,9 +139,9 @@ def _plan(study: Study, arms: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         "prompts_per_task": study.evaluation.prompts_per_task,
         "samples_per_prompt": study.evaluation.samples,
         "temperature": study.evaluation.temperature,
-        "max_completion_tokens": start.data.max_completion_tokens,
+        "max_completion_tokens": start.stages[-1].data.max_completion_tokens,
         "split": study.evaluation.split,
-        "model": start.model.name,
+        "model": start.stages[0].model.name,
         "num_parameters": _num_parameters(arms),
         "trained_on": trained_on(study),
         "budget_note": study.budget_note,
@@ -126,23 +151,17 @@ def _plan(study: Study, arms: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def _num_parameters(arms: Sequence[Mapping[str, Any]]) -> int | None:
-    from alignlab.models import ModelChoice, load_policy, num_parameters
-
-    del arms
-    return num_parameters(load_policy(ModelChoice())) if alignlab else None
+    return next((run["parameters"] for arm in arms for run in finished(arm)), None)
 
 
 def trained_on(study: Study) -> dict[str, list[str]]:
     """Task -> arms whose training reward contains the very function that grades the task."""
-    graders = {"reasoning": "exact", "gsm8k": "exact", "code": "code"}
-    known = set(registry.names("rewards"))
     found: dict[str, list[str]] = {}
     for arm in study.arms:
-        stage = arm_recipe(study, arm, study.seeds[0]).stages[-1]
+        online = [s for s in arm_recipe(study, arm, study.seeds[0]).stages if s.method.data_kind == "prompts"]
         for task in study.tasks:
-            entry = stage.reward.get(graders.get(task, ""))
-            grader_used = entry is not None and (not entry.tasks or task in entry.tasks)
-            if graders.get(task) in known and grader_used:
+            entries = [e for s in online for name, e in reward_entries(s) if name == GRADERS.get(task)]
+            if any(entry.weight and (not entry.tasks or task in entry.tasks) for entry in entries):
                 found.setdefault(task, []).append(arm)
     return found
 
@@ -226,9 +245,7 @@ def score_matrix(runs: Sequence[Mapping[str, Any]], prompts: Sequence[str]) -> n
 
 
 def _prompts(study: Study) -> dict[str, Any]:
-    from alignlab.pipeline.items import load_items
-
-    stage = arm_recipe(study, next(iter(study.arms)), study.seeds[0]).stages[-1]
+    stage = start_recipe(study).stages[-1]
     data = stage.data.model_copy(update={"task": study.tasks})
     return {p.id: p for p in load_items(stage.model_copy(update={"data": data}), "prompts", study.evaluation.split)}
 

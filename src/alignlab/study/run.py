@@ -7,6 +7,7 @@ import time
 from pathlib import Path
 
 from rich.console import Console
+from rich.markup import escape
 
 from alignlab.study.execute import execute
 from alignlab.study.plan import Study, nodes
@@ -15,7 +16,7 @@ from alignlab.study.results import collect_results
 from alignlab.tracking import write_json
 
 
-def run_study(study: Study, folder: Path, console: Console, *, debug: bool = False) -> dict[str, str]:
+def run_study(study: Study, folder: Path, console: Console) -> dict[str, str]:
     """Runs what is not finished, then writes `results.json` and `report.html` and prints the table.
 
     Returns:
@@ -23,22 +24,22 @@ def run_study(study: Study, folder: Path, console: Console, *, debug: bool = Fal
     """
     cells = len(study.arms) * len(study.seeds)
     console.print(
-        f"[bold]{study.name}[/bold]: {len(study.arms)} methods x {len(study.seeds)} seeds = {cells} runs, "
-        f"{len(nodes(study))} jobs, {study.workers} at a time -> {folder}",
+        f"[bold]{escape(study.name)}[/bold]: {len(study.arms)} methods x {len(study.seeds)} seeds = {cells} runs, "
+        f"{len(nodes(study))} jobs, {study.workers} at a time -> {escape(str(folder))}",
         highlight=False,
     )
     started = time.monotonic()
-    failed = execute(study, folder, console, debug=debug)
+    failed = execute(study, folder, console)
     seconds = _wall_seconds(folder, time.monotonic() - started)
     results = collect_results(study, folder, failed, seconds)
     write_json(folder / "results.json", results)
     write_report(results, folder / "report.html")
     console.print()
     console.print(terminal_table(results))
-    console.print(f"[bold]{headline(results)}[/bold]", highlight=False)
+    console.print(headline(results), style="bold", markup=False, highlight=False)
     for line in verdict_lines(results):
-        console.print(f"  {line}", highlight=False)
-    console.print(f"report: {(folder / 'report.html').resolve()}", highlight=False, soft_wrap=True)
+        console.print(f"  {line}", markup=False, highlight=False)
+    console.print(f"report: {(folder / 'report.html').resolve()}", markup=False, highlight=False, soft_wrap=True)
     return failed
 
 

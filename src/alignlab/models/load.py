@@ -1,0 +1,392 @@
+"""From a name to a model: ModelChoice -> tokenizer, policy, frozen policy, reward model on a device.
+
+Loading runs no code of a model folder, reads no pickles and accepts no weights that do not fit.
+"""
+
+from __future__ import annotations
+
+import re
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal, cast
+
+import torch
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
+from transformers import PreTrainedTokenizerBase as Tokenizer
+from transformers.pytorch_utils import Conv1D
+from transformers.utils import logging as transformers_logging
+
+from alignlab import starter
+from alignlab.errors import UserError
+from alignlab.models.explain import brief, explained, listed, require_fit
+from alignlab.models.roles import ScalarModel, disable_dropout, freeze, head, hidden_size, seeded, trunk, unwrap
+from alignlab.models.store import ADAPTER_FILE, HEAD_FILE, adapter_base, load_head, load_weights, weight_files
+
+Dtype = Literal["auto", "float32", "bfloat16", "float16", "float64"]
+HEAD_TOLERANCE = 0.02
+"""How far a model's own logits may be from trunk times head, as a share of the largest: rounding in bfloat16."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoraChoice:
+    """A low-rank adapter (arXiv:2106.09685): W + alpha / rank * B A, with A (rank, in) and B (out, rank) trained."""
+
+    rank: int = 8
+    alpha: float = 16.0
+    dropout: float = 0.0
+    target_modules: tuple[str, ...] = ("all-linear",)
+    """Names of the linear layers to adapt; `all-linear` is every one except the head."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelChoice:
+    """Which weights to load, and how."""
+
+    name: str = "starter"
+    """`starter`, a folder, or a hub id."""
+    revision: str | None = None
+    weights: Literal["pretrained", "random"] = "pretrained"
+    """`random` takes only the configuration and draws the weights from the seed."""
+    dtype: Dtype = "auto"
+    """`auto`: bfloat16 on a CUDA device that has it, float32 elsewhere. Adapters are float32 or wider."""
+    attention: Literal["auto", "sdpa", "eager"] = "auto"
+    """`auto`: eager for Gemma 2 (whose attention soft-cap sdpa lacks), sdpa elsewhere."""
+    adapter: LoraChoice | None = None
+    """None trains every weight."""
+    overrides: dict[str, Any] = field(default_factory=dict)
+    """Configuration values to replace when `weights: random` (e.g. fewer layers of a true-size shape)."""
+
+
+# ---- finding ---------------------------------------------------------------------------------------------------------
+
+
+def hush_progress_bars() -> None:
+    """Switches off the loaders' own progress bars; a run has one of its own."""
+    transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+
+
+def pick_device(name: str = "auto") -> torch.device:
+    """`auto`: CUDA, then Apple's MPS, then the CPU.
+
+    Raises:
+        UserError: this machine, or this build of torch, has no such device.
+    """
+    if name == "auto":
+        if torch.cuda.is_available():
+            return torch.device("cuda")
+        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"device {name!r} cannot be used here ({brief(error)}); try auto or cpu") from error
+
+
+def location(name: str) -> str:
+    """Where a model name points: the embedded starter's folder, an existing folder, or a hub id.
+
+    Raises:
+        UserError: it is none of these.
+    """
+    if name == "starter":
+        return str(starter.ASSETS)
+    path = Path(name).expanduser()
+    if name and path.is_dir():
+        return str(path)
+    if path.exists() or not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", name):
+        raise UserError(f"model {name!r}: no such folder; give an existing folder, a hub id as owner/name, or starter")
+    return name
+
+
+def load_tokenizer(name: str, revision: str | None = None) -> Tokenizer:
+    """The tokenizer of a model; of a folder that holds an adapter and no tokenizer, its base model's."""
+    where = _location_of("tokenizer_config.json", name)
+    kinds = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
+    if Path(where).is_dir() and not any((Path(where) / kind).is_file() for kind in kinds):
+        raise UserError(f"model {name!r}: {where} has no tokenizer.json; put the model's tokenizer files there")
+    with explained(name):
+        tokenizer = AutoTokenizer.from_pretrained(where, revision=revision, trust_remote_code=False)
+    return cast(Tokenizer, tokenizer)
+
+
+def load_generation_config(name: str, revision: str | None = None) -> GenerationConfig | None:
+    """The model's generation defaults (its stop ids live there), None where it ships none."""
+    where = _location_of("generation_config.json", name)
+    if not Path(where).is_dir():
+        try:
+            return GenerationConfig.from_pretrained(where, revision=revision or "main")
+        except OSError:
+            return None
+    if not (Path(where) / "generation_config.json").is_file():
+        return None
+    with explained(name):
+        return GenerationConfig.from_pretrained(where)
+
+
+def _location_of(file: str, name: str) -> str:
+    """Where a model's `file` is to be found: its own location, or its base's where the folder is a bare adapter."""
+    folder = Path(where := location(name))
+    if (folder / ADAPTER_FILE).is_file() and not (folder / file).is_file():
+        return location(adapter_base(folder))
+    return where
+
+
+# ---- policies and reward models --------------------------------------------------------------------------------------
+
+
+def load_policy(
+    choice: ModelChoice, *, seed: int = 0, device: torch.device | None = None
+) -> PreTrainedModel | PeftModel:
+    """A trainable policy, in evaluation mode.
+
+    What is drawn at random (a fresh adapter, `weights: random`) comes from `seed` alone, and torch's own generator
+    stays as it was. A folder that holds an adapter is loaded as its base model with that adapter, which then goes on
+    being trained; asked for without an adapter, it is merged into the weights, and all of them are trained.
+
+    Raises:
+        UserError: the model cannot be found, reached or used, with what to do about it.
+    """
+    model = _load(choice, seed, device)
+    if choice.adapter is None and isinstance(model, PeftModel):
+        merged = cast(PreTrainedModel, model.merge_and_unload())
+        return merged.requires_grad_(True)
+    return model
+
+
+def frozen_policy(
+    choice: ModelChoice, device: torch.device | None = None, *, seed: int = 0
+) -> PreTrainedModel | PeftModel:
+    """A policy that is only sampled or scored: no gradients, no dropout."""
+    policy = load_policy(choice, seed=seed, device=device)
+    disable_dropout(policy)
+    return freeze(policy)
+
+
+def load_reward_model(folder: Path, choice: ModelChoice, *, device: torch.device | None = None) -> ScalarModel:
+    """A trained reward model from its folder, frozen. An adapter stays in place, so it scores as it did, bit for bit.
+
+    Raises:
+        UserError: the folder has no trained head, or weights that do not fit.
+    """
+    if not (folder / HEAD_FILE).is_file():
+        raise UserError(f"{folder}: no {HEAD_FILE}; train a reward model first (algorithm: reward_model)")
+    backbone = _load(replace(choice, name=str(folder), weights="pretrained", overrides={}, adapter=None), 0, device)
+    model = ScalarModel(backbone, hidden_size(backbone))
+    load_head(model, folder)
+    disable_dropout(model)
+    return freeze(model).eval()
+
+
+def _load(choice: ModelChoice, seed: int, device: torch.device | None) -> PreTrainedModel | PeftModel:
+    """The model as it is stored, an adapter in place, or with a fresh one."""
+    folder = Path(location(choice.name))
+    if not (folder / ADAPTER_FILE).is_file():
+        model = _load_base(choice, choice.name, seed, device or pick_device())
+        return model if choice.adapter is None else _add_adapter(model, choice, choice.adapter, seed)
+    if choice.weights == "random":
+        raise UserError(
+            f"model {choice.name!r} is an adapter, which means nothing on random weights; drop model.weights"
+        )
+    config = _read_adapter(folder, choice)
+    base = _load_base(replace(choice, revision=config.revision), adapter_base(folder), seed, device or pick_device())
+    linear = _linear_layers(base)
+    adapted = _with_adapter(base, config, seed)
+    _require_layers(adapted, choice, linear)
+    load_weights(adapted, folder)
+    return adapted
+
+
+def _load_base(choice: ModelChoice, name: str, seed: int, device: torch.device) -> PreTrainedModel:
+    where = location(name)
+    if Path(where).is_dir() and not (Path(where) / "config.json").is_file():
+        raise UserError(f"model {name!r}: {where} has no config.json; it is no model folder, or its download broke off")
+    with explained(name):
+        config = AutoConfig.from_pretrained(where, revision=choice.revision, trust_remote_code=False)
+    text = config.get_text_config()
+    dtype = _dtype(choice.dtype, device)
+    if dtype == torch.float16 and str(text.model_type).startswith("gemma"):
+        raise UserError(f"model {name!r}: Gemma overflows in float16; set model.dtype to bfloat16 or float32")
+    attention = choice.attention
+    if attention == "auto":
+        attention = "eager" if text.model_type == "gemma2" else "sdpa"
+    if dtype == torch.float64 and attention == "eager":  # its softmax is in float32, where the mask's -1e308 overflows
+        raise UserError(f"model {name!r}: eager attention gives NaN in float64; set model.dtype to float32")
+    if choice.weights == "random":
+        with explained(name), seeded(seed):
+            model = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
+                _overridden(text, choice.overrides), dtype=dtype, attn_implementation=attention
+            )
+    elif choice.overrides:
+        raise UserError("model.overrides: they change the shape of a model, so they need model.weights: random")
+    else:
+        model = _read_pretrained(where, name, choice.revision, config, dtype, attention)
+    _require_usable(model, name)
+    return cast(PreTrainedModel, model.to(device))
+
+
+def _dtype(name: Dtype, device: torch.device) -> torch.dtype:
+    if name == "auto":
+        return torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported() else torch.float32
+    return cast(torch.dtype, getattr(torch, name))
+
+
+def _overridden(config: PreTrainedConfig, overrides: Mapping[str, Any]) -> PreTrainedConfig:
+    """The configuration with other values; the pattern of layer types is cut or repeated to the number of layers."""
+    unknown = [key for key in overrides if not hasattr(config, key)]
+    if unknown:
+        known = ", ".join(sorted(config.to_dict()))
+        raise UserError(f"model.overrides: {type(config).__name__} has no {listed(unknown)}; it has {known}")
+    values = {**config.to_dict(), **overrides}
+    types = values.get("layer_types")
+    if types and "layer_types" not in overrides:
+        values["layer_types"] = [types[i % len(types)] for i in range(values["num_hidden_layers"])]
+    return type(config).from_dict(values)
+
+
+def _read_pretrained(
+    where: str, name: str, revision: str | None, config: PreTrainedConfig, dtype: torch.dtype, attention: str
+) -> PreTrainedModel:
+    """The text model of that name; of an image-and-text model, its text part."""
+    if Path(where).is_dir():
+        weight_files(Path(where))
+    text = config.get_text_config()
+    with explained(name):
+        model, report = cast(
+            tuple[PreTrainedModel, dict[str, Any]],
+            AutoModelForCausalLM.from_pretrained(
+                where,
+                revision=revision,
+                config=text,
+                dtype=dtype,
+                attn_implementation=attention,
+                use_safetensors=True,
+                trust_remote_code=False,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,  # they are refused below, by name
+                key_mapping=None if text is config else {r"^language_model\.": ""},
+            ),
+        )
+    mismatched = [f"{key} {tuple(saved)}, not {tuple(own)}" for key, saved, own in report["mismatched_keys"]]
+    unexpected = report["unexpected_keys"] if text is config else ()
+    require_fit(f"model {name!r}", report["missing_keys"], unexpected, mismatched)
+    return model
+
+
+def _require_usable(model: PreTrainedModel, name: str) -> None:
+    """No broken weights, and a head that is understood: anything else gives wrong numbers that look right."""
+    broken = [n for n, p in model.named_parameters() if not torch.isfinite(p).all()]
+    if broken:
+        raise UserError(f"model {name!r}: NaN or infinite weights in {listed(broken)}; download it again")
+    try:
+        top = head(model)
+    except TypeError as error:
+        raise UserError(f"model {name!r} cannot be used: {error}; choose another architecture") from error
+    model.eval()  # type: ignore[no-untyped-call]
+    few = torch.arange(4)[None]
+    with torch.no_grad():
+        logits = model(input_ids=few).logits.float()
+        own = (trunk(model)(input_ids=few).last_hidden_state @ top.weight.T).float()
+    own = own if top.softcap is None else top.softcap * torch.tanh(own / top.softcap)
+    if not (own - logits).abs().max() <= HEAD_TOLERANCE * logits.abs().max():
+        raise UserError(f"model {name!r} cannot be used: {type(model).__name__} scales its logits; choose another one")
+
+
+# ---- adapters --------------------------------------------------------------------------------------------------------
+
+
+def _add_adapter(model: PreTrainedModel, choice: ModelChoice, lora: LoraChoice, seed: int) -> PeftModel:
+    """A fresh adapter, which changes nothing yet (B = 0)."""
+    layers = _linear_layers(model)
+    targets = [t for t in lora.target_modules if t != "all-linear"]
+    if any(_is_called("lm_head", target) for target in targets):
+        tied = model.config.get_text_config().tie_word_embeddings
+        reason = "is tied to the embedding here" if tied else "stays frozen"
+        raise UserError(f"adapter.target_modules: lm_head {reason}; leave it out")
+    useless = [t for t in targets if not any(_is_called(layer, t) for layer in layers)]
+    if useless:
+        known = sorted({layer.rsplit(".", 1)[-1] for layer in layers})
+        raise UserError(f"adapter.target_modules: {listed(useless)} match nothing; this model has {', '.join(known)}")
+    folder = Path(choice.name).expanduser()
+    is_folder = choice.name != "starter" and folder.is_dir()
+    config = LoraConfig(
+        r=lora.rank,
+        lora_alpha=cast(int, lora.alpha),
+        lora_dropout=lora.dropout,
+        target_modules="all-linear" if "all-linear" in lora.target_modules else targets,
+        task_type="CAUSAL_LM",
+        revision=choice.revision,
+        base_model_name_or_path=str(folder.resolve()) if is_folder else choice.name,
+    )
+    return _with_adapter(model, config, seed)
+
+
+def _with_adapter(model: PreTrainedModel, config: LoraConfig, seed: int) -> PeftModel:
+    base = config.base_model_name_or_path
+    with seeded(seed), warnings.catch_warnings(action="ignore"):
+        adapted = get_peft_model(model, config, autocast_adapter_dtype=True)
+    config.base_model_name_or_path = base  # peft puts the folder in its place, and warns of it
+    return cast(PeftModel, adapted.eval())
+
+
+def _read_adapter(folder: Path, choice: ModelChoice) -> LoraConfig:
+    """A stored adapter's configuration, made trainable.
+
+    Raises:
+        UserError: it is more than a plain LoRA adapter, or not the adapter that was asked for.
+    """
+    with explained(choice.name), warnings.catch_warnings(action="ignore"):
+        config = PeftConfig.from_pretrained(str(folder))
+    beyond = ("modules_to_save", "trainable_token_indices", "target_parameters", "layer_replication")
+    if (
+        not isinstance(config, LoraConfig)
+        or any(getattr(config, key, None) for key in beyond)
+        or config.init_lora_weights not in (True, False, "gaussian")
+    ):
+        raise UserError(f"model {choice.name!r}: its adapter is not plain LoRA; merge it into its base model first")
+    asked = choice.adapter
+    if asked is not None and (asked.rank, asked.alpha) != (config.r, config.lora_alpha):
+        raise UserError(
+            f"model {choice.name!r} goes on with an adapter of rank {config.r}, alpha {config.lora_alpha}: "
+            f"set adapter.rank and adapter.alpha to these (now {asked.rank}, {asked.alpha})"
+        )
+    config.inference_mode = False
+    config.lora_dropout = 0.0 if asked is None else asked.dropout
+    return config
+
+
+def _require_layers(model: PeftModel, choice: ModelChoice, linear: set[str]) -> None:
+    """A stored adapter is on linear layers only, and on those that the recipe names."""
+    layers = {name for name, module in unwrap(model).named_modules() if isinstance(module, BaseTunerLayer)}
+    if stray := sorted(layers - linear):
+        raise UserError(f"model {choice.name!r}: its adapter is on {listed(stray)}; merge it into its base model first")
+    if choice.adapter is not None and (differing := sorted(layers ^ _selected(linear, choice.adapter))):
+        raise UserError(
+            f"model {choice.name!r} goes on with its adapter, which is on other layers than adapter.target_modules: "
+            f"{listed(differing)}; name the same"
+        )
+
+
+def _linear_layers(model: PreTrainedModel) -> set[str]:
+    """Names of the layers that an adapter may go on: the linear ones, without the head."""
+    top = model.get_output_embeddings()  # type: ignore[no-untyped-call]
+    return {name for name, m in model.named_modules() if isinstance(m, nn.Linear | Conv1D) and m is not top}
+
+
+def _selected(layers: set[str], lora: LoraChoice) -> set[str]:
+    every = "all-linear" in lora.target_modules
+    return {layer for layer in layers if every or any(_is_called(layer, t) for t in lora.target_modules)}
+
+
+def _is_called(layer: str, target: str) -> bool:
+    return layer == target or layer.endswith(f".{target}")

@@ -1,0 +1,199 @@
+"""What a model is to a method: a causal LM -> policy, reference view, reward model, value model; and what is in one.
+
+A policy is a `transformers` causal LM or a `peft` model around one. A reward or value model is a `ScalarModel`: a
+policy's trunk with one scalar head.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any, Literal, TypeVar, cast
+
+import torch
+from peft import PeftModel
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+M = TypeVar("M", bound=nn.Module)
+
+
+class AdapterOff:
+    """The reference policy as a view: the policy's own weights with its (fresh) adapter switched off."""
+
+    def __init__(self, policy: PeftModel) -> None:
+        self.policy = policy
+
+    @contextmanager
+    def active(self) -> Iterator[None]:
+        frozen = [p for p in self.policy.parameters() if not p.requires_grad]
+        try:
+            with self.policy.disable_adapter():
+                yield
+        finally:
+            for parameter in frozen:  # peft makes every adapter that it switches on again trainable
+                parameter.requires_grad_(False)
+
+
+class ScalarModel(nn.Module):
+    """A causal LM's trunk with one scalar head in fp32 (or wider): (B, T, H) -> (B, T); reward models and critics.
+
+    `shift` and `scale` normalise a reward model's scores: score = (head - shift) / scale. They are saved with the head
+    and set after training so that reference outputs score mean 0 and standard deviation 1.
+    """
+
+    shift: Tensor
+    scale: Tensor
+
+    def __init__(self, backbone: nn.Module, hidden_size: int, init_std: float = 0.0) -> None:
+        super().__init__()
+        self.backbone = backbone
+        like = next(backbone.parameters())
+        dtype = torch.promote_types(like.dtype, torch.float32)
+        head = nn.Linear(hidden_size, 1, dtype=dtype)  # drawn on the CPU: the same numbers for every device
+        nn.init.normal_(head.weight, std=init_std) if init_std else nn.init.zeros_(head.weight)
+        nn.init.zeros_(head.bias)
+        self.head = head.to(like.device)
+        self.register_buffer("shift", torch.zeros((), dtype=dtype, device=like.device))
+        self.register_buffer("scale", torch.ones((), dtype=dtype, device=like.device))
+
+    def forward(self, hidden: Tensor) -> Tensor:  # (..., H) -> (...)
+        return cast(Tensor, self.head(hidden.to(self.head.weight.dtype))).squeeze(-1)
+
+    def set_normalisation(self, shift: float, scale: float) -> None:
+        """Makes a raw score of `shift` 0 and one of `shift + scale` 1.
+
+        Raises:
+            ValueError: scale is not positive (all reference outputs scored the same).
+        """
+        if not scale > 0:
+            raise ValueError(f"cannot normalise scores by a standard deviation of {scale}")
+        self.shift.fill_(shift)
+        self.scale.fill_(scale)
+
+    def head_tensors(self) -> dict[str, Tensor]:
+        """What is stored beside the trunk."""
+        return {"weight": self.head.weight, "bias": self.head.bias, "shift": self.shift, "scale": self.scale}
+
+
+Model = PreTrainedModel | PeftModel | AdapterOff | ScalarModel
+
+
+# ---- what is in a model ----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Head:
+    """The output head of a causal LM: logits = hidden @ weight.T, then an optional soft-cap."""
+
+    weight: Tensor  # (V, H)
+    softcap: float | None
+
+
+def unwrap(model: object) -> PreTrainedModel:
+    """The `transformers` causal LM inside a policy, reference view or scalar model (adapter layers stay in place)."""
+    if isinstance(model, AdapterOff):
+        model = model.policy
+    if isinstance(model, ScalarModel):
+        model = model.backbone
+    if isinstance(model, PeftModel):
+        model = model.get_base_model()
+    if not isinstance(model, PreTrainedModel):
+        raise TypeError(f"expected a transformers model, got {type(model).__name__}")
+    return model
+
+
+def active(model: object) -> AbstractContextManager[Any]:
+    """The context in which the model's trunk means this model (an adapter-off view switches the adapter off)."""
+    return model.active() if isinstance(model, AdapterOff) else nullcontext()
+
+
+def trunk(model: object) -> nn.Module:
+    """The decoder of a model: token ids -> last hidden states, after the final norm and before the head."""
+    return cast(nn.Module, unwrap(model).get_decoder())  # type: ignore[no-untyped-call]
+
+
+def head(model: object) -> Head:
+    """The head of a policy.
+
+    Raises:
+        TypeError: the head is more than one matrix: it has a bias or an adapter.
+    """
+    inner = unwrap(model)
+    layer = inner.get_output_embeddings()  # type: ignore[no-untyped-call]
+    if not isinstance(layer, nn.Linear) or layer.bias is not None:
+        raise TypeError(f"the head of {type(inner).__name__} is not a plain matrix (a bias or an adapter on it)")
+    return Head(layer.weight, getattr(inner.config.get_text_config(), "final_logit_softcapping", None))
+
+
+def hidden_size(model: object) -> int:
+    return int(unwrap(model).config.get_text_config().hidden_size)
+
+
+def num_parameters(model: object, trained_only: bool = False) -> int:
+    module = model if isinstance(model, nn.Module) else unwrap(model)
+    return sum(p.numel() for p in module.parameters() if p.requires_grad or not trained_only)
+
+
+def has_adapter(model: object) -> bool:
+    return isinstance(model, PeftModel)
+
+
+# ---- making roles ----------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Inside, torch's CPU generator starts at `seed`; outside, nothing has happened."""
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)
+        yield
+
+
+def freeze(model: M) -> M:
+    return model.requires_grad_(False)
+
+
+def disable_dropout(model: nn.Module) -> None:
+    """Turns every dropout off for good, functional ones and adapters' included: training mode brings none back."""
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        for name, value in vars(module).items():
+            if "drop" in name and isinstance(value, float):
+                setattr(module, name, 0.0)
+
+
+def trainable_copy(model: M) -> M:
+    """A copy that can be trained by itself: trained weights are copied, frozen ones (under an adapter) shared."""
+    shared: dict[int, Any] = {id(p): p for p in model.parameters() if not p.requires_grad}
+    return copy.deepcopy(model, shared)
+
+
+def frozen_copy(model: M) -> M:
+    """A frozen copy without dropout; weights that are frozen in the original are shared, not copied."""
+    copied = freeze(trainable_copy(model))
+    disable_dropout(copied)
+    return copied.eval()
+
+
+def make_reference(policy: PreTrainedModel | PeftModel, *, fresh_adapter: bool) -> Model:
+    """The frozen starting policy: the adapter-off view where the adapter is fresh, else a copy with its adapter."""
+    if fresh_adapter and isinstance(policy, PeftModel):
+        return AdapterOff(policy)
+    return cast(Model, frozen_copy(policy))
+
+
+def make_reward_model(trunk: PreTrainedModel | PeftModel, *, seed: int) -> ScalarModel:
+    """A reward model grown from a policy: its trunk, and a head drawn from N(0, 1/(H+1)) (arXiv:2009.01325)."""
+    size = hidden_size(trunk)
+    with seeded(seed):
+        return ScalarModel(trunk, size, init_std=(size + 1) ** -0.5)
+
+
+def make_value_model(policy: PreTrainedModel | PeftModel, backbone: Literal["own", "shared"]) -> ScalarModel:
+    """A critic on a copy of the policy's trunk, or on the policy's own; its head starts at zero."""
+    own = policy if backbone == "shared" else trainable_copy(policy)
+    return ScalarModel(own, hidden_size(policy))

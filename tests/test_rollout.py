@@ -1,0 +1,321 @@
+"""Rewards combined under their contract, groups of rollouts, and rows within limits."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch.testing import assert_close
+
+from alignlab.errors import UserError
+from alignlab.generate import Sampling
+from alignlab.rollout import (
+    Limits,
+    Reward,
+    combine,
+    encode_examples,
+    encode_pairs,
+    fitting_prompts,
+    reward_tensor,
+    rollout_metrics,
+    sample_prompts,
+    stopped_tensor,
+)
+from alignlab.types import Completion, Example, Group, LoopState, Pair, Prompt
+from tests.algorithms.world import PROMPTS, policy, prompt, raw_logprobs, rollout, rows_of, source, template
+from tests.tolerances import EXACT, FLOAT64
+
+STATE = LoopState(seed=42, phase=3)
+
+
+def completion(text: str) -> Completion:
+    return Completion(token_ids=(9, 1), logprobs=(-1.0, -2.0), finish_reason="stop", text=text)
+
+
+def reward(values: Any, name: str = "mine", weight: float = 1.0, tasks: tuple[str, ...] = ()) -> Reward:
+    """A reward that answers `values`, whatever it is asked."""
+
+    def function(prompts: Sequence[Prompt], completions: Sequence[Completion]) -> Any:
+        return values(prompts, completions) if callable(values) else values
+
+    return Reward(name=name, function=function, weight=weight, tasks=tasks)
+
+
+TWO_PROMPTS = (prompt("1+1", task="sums"), prompt("hello", task="talk"))
+TWO = (completion("2"), completion("hi there"))
+
+
+# ---- combine ---------------------------------------------------------------------------------------------------------
+
+
+def test_weighted_sum_of_what_applies() -> None:
+    """2 * .5 + 3 * -1 = -2 for the first; the second has no `b`: 2 * .25 = .5."""
+    combined = combine([reward([0.5, 0.25], "a", 2.0), reward([-1, None], "b", 3.0)], TWO_PROMPTS, TWO)
+    assert combined == [(-2.0, {"a": 0.5, "b": -1.0}), (0.5, {"a": 0.25})]
+
+
+def test_a_completion_nobody_judges_is_nan() -> None:
+    (first, _), (second, breakdown) = combine([reward([0.5, None])], TWO_PROMPTS, TWO)
+    assert first == 0.5 and math.isnan(second) and breakdown == {}
+
+
+def test_tasks_restrict_what_a_function_sees() -> None:
+    seen: list[Any] = []
+
+    def talk(prompts: Sequence[Prompt], completions: Sequence[Completion]) -> list[float]:
+        seen.append(([p.task for p in prompts], [c.text for c in completions]))
+        return [7.0] * len(prompts)
+
+    combined = combine([reward(talk, tasks=("talk",)), reward(talk, "none", tasks=("elsewhere",))], TWO_PROMPTS, TWO)
+    assert seen == [(["talk"], ["hi there"])]
+    assert math.isnan(combined[0][0]) and combined[1] == (7.0, {"mine": 7.0})
+
+
+def test_one_name_with_two_weights() -> None:
+    """The same function for two tasks, at weights 1 and 10."""
+    rewards = [reward([2.0], "exact", 1.0, ("sums",)), reward([3.0], "exact", 10.0, ("talk",))]
+    assert [r for r, _ in combine(rewards, TWO_PROMPTS, TWO)] == [2.0, 30.0]
+
+
+def test_numpy_numbers_are_numbers() -> None:
+    values = [np.float32(0.5), np.int64(2)]
+    assert combine([reward(values)], TWO_PROMPTS, TWO) == [(0.5, {"mine": 0.5}), (2.0, {"mine": 2.0})]
+
+
+def test_nothing_to_judge() -> None:
+    assert combine([reward([])], (), ()) == []
+
+
+def raises(*_: Any) -> Any:
+    raise KeyError("answer\nmissing")
+
+
+def raises_on_the_second(prompts: Sequence[Prompt], completions: Sequence[Completion]) -> list[float]:
+    if any(c.text == "hi there" for c in completions):
+        raise ValueError("no number in it")
+    return [1.0] * len(prompts)
+
+
+def raises_on_more_than_one(prompts: Sequence[Prompt], completions: Sequence[Completion]) -> list[float]:
+    if len(prompts) > 1:
+        raise RuntimeError("too many")
+    return [1.0]
+
+
+FIRST = r"prompt 'sums/1\+1', completion '2'"
+SECOND = "prompt 'talk/hello', completion 'hi there'"
+
+
+@pytest.mark.parametrize(
+    "values, message",
+    [
+        ([1.0], f"returned 1 values for 2 completions, the first being {FIRST}"),
+        ([1.0, 2.0, 3.0], "returned 3 values for 2 completions"),
+        (1.0, f"returned a float for 2 completions, the first being {FIRST}"),
+        ("ab", "returned a str for 2 completions"),
+        (None, "returned a NoneType for 2 completions"),
+        ({"a": 1, "b": 2}, "returned a dict for 2 completions"),
+        (torch.ones(2), "returned a Tensor for 2 completions"),
+        ([1.0, math.nan], f"returned nan for {SECOND}; a finite float or None is needed"),
+        ([math.inf, 1.0], f"returned inf for {FIRST}"),
+        (["1.0", 1.0], f"returned '1.0' for {FIRST}"),
+        ([1.0, True], f"returned True for {SECOND}"),
+        ([[1.0], 1.0], rf"returned \[1.0\] for {FIRST}"),
+        (raises, f"raised KeyError: 'answer.nmissing' on {FIRST}"),
+        (raises_on_the_second, f"raised ValueError: no number in it on {SECOND}"),
+        (raises_on_more_than_one, f"raised RuntimeError: too many on 2 completions together, the first being {FIRST}"),
+        (
+            [None, None],
+            rf"reward: no function \('mine'\) judged any of 2 completions, the first being {FIRST} of task 'sums'",
+        ),
+    ],
+)
+def test_contract(values: Any, message: str) -> None:
+    with pytest.raises(UserError, match="mine") as caught:
+        combine([reward([0.0, 0.0], "other")] * (values != [None, None]) + [reward(values)], TWO_PROMPTS, TWO)
+    assert "\n" not in str(caught.value)
+    with pytest.raises(UserError, match=message):
+        combine([reward(values)], TWO_PROMPTS, TWO)
+
+
+def test_no_reward_for_any_task_here() -> None:
+    with pytest.raises(UserError, match=r"reward: no function \('mine'\) judged any of 2 completions, .* task 'sums'"):
+        combine([reward([1.0], tasks=("elsewhere",))], TWO_PROMPTS, TWO)
+    with pytest.raises(UserError, match="none is named"):
+        combine([], TWO_PROMPTS, TWO)
+
+
+def test_interrupts_are_not_rewards() -> None:
+    def stop(*_: Any) -> Any:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        combine([reward(stop)], TWO_PROMPTS, TWO)
+
+
+# ---- rollouts --------------------------------------------------------------------------------------------------------
+
+
+def ids(groups: Sequence[Group]) -> list[tuple[int, ...]]:
+    return [r.completion.token_ids for g in groups for r in g.rollouts]
+
+
+def test_groups_are_siblings_of_one_prompt_in_order() -> None:
+    groups = source().rollouts(policy(), 5, 3, STATE)
+    assert [len(g.rollouts) for g in groups] == [3] * 5
+    assert all(len({r.prompt.id for r in g.rollouts}) == 1 for g in groups)
+    assert len({g.rollouts[0].prompt.id for g in groups}) == 5
+    for rollout_ in (r for g in groups for r in g.rollouts):
+        text, tokens = rollout_.completion.text, rollout_.completion.token_ids
+        assert rollout_.prompt_ids == template().encode_prompt(rollout_.prompt)
+        assert_close(rollout_.reward, sum(c.isdigit() for c in text) / (1 + len(text)) + 0.01 * len(tokens), **FLOAT64)
+
+
+def test_rollouts_are_a_function_of_seed_and_phase() -> None:
+    same = [source().rollouts(policy(), 4, 2, STATE) for _ in range(2)]
+    assert same[0] == same[1]
+    for other in (replace(STATE, seed=43), replace(STATE, phase=4)):
+        assert ids(source().rollouts(policy(), 4, 2, other)) != ids(same[0])
+
+
+def test_rows_decoded_together_change_nothing() -> None:
+    few = source(limits=Limits(max_prompt_tokens=32, max_completion_tokens=8, sampling_rows=2))
+    assert ids(few.rollouts(policy(), 4, 2, STATE)) == ids(source().rollouts(policy(), 4, 2, STATE))
+
+
+def test_a_prompt_that_comes_twice_is_sampled_anew() -> None:
+    """Three prompts, six wanted: the second pass over the data must not repeat the first one's completions."""
+    groups = source(prompts=PROMPTS[:3]).rollouts(policy(), 6, 4, STATE)
+    names = [g.rollouts[0].prompt.id for g in groups]
+    assert sorted(names[:3]) == sorted(names[3:])
+    for name in set(names):
+        first, second = (ids([g]) for g in groups if g.rollouts[0].prompt.id == name)
+        assert first != second
+    once = source(prompts=PROMPTS[:3]).rollouts(policy(), 3, 4, replace(STATE, phase=6))
+    assert ids(once) == ids(source(prompts=PROMPTS[:3]).rollouts(policy(), 3, 4, replace(STATE, phase=6)))
+
+
+@pytest.mark.parametrize("filters", [{"top_p": 0.9}, {"top_k": 5}, {"min_p": 0.1}, {"greedy": True}])
+def test_only_the_policy_itself_is_sampled_from(filters: dict[str, Any]) -> None:
+    with pytest.raises(UserError, match="samples from the policy itself"):
+        source(sampling=Sampling(**filters)).rollouts(policy(), 1, 2, STATE)
+
+
+def test_sample_prompts_decodes_without_the_stop_token() -> None:
+    asked = [template().encode_prompt(p) for p in PROMPTS]
+    sampled = sample_prompts(policy(), PROMPTS, asked, template(), source().sampling, num_samples=2, seed=1, phase=0)
+    stopped = [c for siblings in sampled for c in siblings if c.finish_reason == "stop"]
+    assert stopped and all(
+        c.token_ids[-1] in template().stop_ids and not c.text.endswith(("<eos>", "<end_of_turn>")) for c in stopped
+    )
+    assert all(len(c.token_ids) == len(c.logprobs) for siblings in sampled for c in siblings)
+
+
+def test_batch_holds_rows_in_group_order_with_the_sampled_logprobs() -> None:
+    model = policy()
+    groups = source().rollouts(model, 4, 2, STATE)
+    batch = source().batch(groups, torch.float64)
+    rollouts = [r for g in groups for r in g.rollouts]
+    for i, r in enumerate(rollouts):
+        row = batch.input_ids[i][batch.attention_mask[i]].tolist()
+        assert row == [*r.prompt_ids, *r.completion.token_ids]
+        assert_close(rows_of(batch.old_logprobs, batch)[i], np.array(r.completion.logprobs), **EXACT)
+    assert batch.old_logprobs is not None and not batch.old_logprobs[~batch.completion_mask].any()
+    for recorded, raw in zip(rows_of(batch.old_logprobs, batch), raw_logprobs(model, batch), strict=True):
+        assert_close(recorded, raw.detach().numpy(), **FLOAT64)
+    assert source().batch(groups).old_logprobs.dtype == torch.float32  # type: ignore[union-attr]
+
+
+def test_microbatches_are_the_rows_sorted_by_length() -> None:
+    run = source(microbatch_rows=3)
+    batch = run.batch(run.rollouts(policy(), 4, 2, STATE))
+    pieces = run.numbered_microbatches(batch)
+    lengths = batch.attention_mask.sum(-1)
+    assert sorted(i for rows, _ in pieces for i in rows.tolist()) == list(range(8))
+    assert [len(p) for _, p in pieces] == [3, 3, 2]
+    order = [int(lengths[i]) for rows, _ in pieces for i in rows.tolist()]
+    assert order == sorted(order, reverse=True)
+    for rows, piece in pieces:
+        assert piece.input_ids.shape[1] == int(lengths[rows].max())
+        assert torch.equal(piece.input_ids, batch.input_ids[rows][:, : piece.input_ids.shape[1]])
+
+
+def test_pairs_stay_together() -> None:
+    batches = source(microbatch_rows=6).pair_batches(8, STATE)
+    assert [len(b) for b in batches] == [6, 6, 4]
+    for batch in batches:
+        half = len(batch) // 2
+        prompts = [tuple(ids_[m & ~c].tolist()) for ids_, m, c in
+                   zip(batch.input_ids, batch.attention_mask, batch.completion_mask, strict=True)]  # fmt: skip
+        assert prompts[:half] == prompts[half:]
+        assert batch.margin is not None and torch.equal(batch.margin[:half], batch.margin[half:])
+
+
+# ---- metrics ---------------------------------------------------------------------------------------------------------
+
+
+def test_metrics_and_tensors() -> None:
+    """Two groups of two: rewards (1, 3) and (NaN, 2), of which the second leaves one value and so is constant."""
+    model = policy()
+    made = [
+        rollout(model, "1+1", "ab", reward=1.0, shift=(0, 0, 0)),
+        rollout(model, "1+1", "abcd", reward=3.0, shift=(0, 0, 0, 0), stop=False),
+        rollout(model, "3", "a", reward=math.nan, shift=(0, 0)),
+        rollout(model, "3", "1", reward=2.0, shift=(0, 0)),
+    ]
+    made[2] = replace(made[2], breakdown={})
+    groups = [Group(rollouts=tuple(made[:2])), Group(rollouts=tuple(made[2:]))]
+    metrics = rollout_metrics(groups)
+    expected = {
+        "reward/mean": 2.0, "reward/std": math.sqrt(2 / 3), "reward/unjudged_fraction": 0.25, "reward/digits": 2.0,
+        "completion/length": 11 / 4, "completion/stop_fraction": 0.75, "group/constant_fraction": 0.5,
+        "ledger/prompts": 2.0, "ledger/completions": 4.0, "ledger/generated_tokens": 11.0,
+    }  # fmt: skip
+    assert metrics.keys() == expected.keys()
+    for name, value in expected.items():
+        assert metrics[name] == pytest.approx(value), name
+    like = torch.zeros(1, dtype=torch.float64)
+    assert_close(
+        reward_tensor(groups, like), torch.tensor([1, 3, math.nan, 2], dtype=torch.float64), equal_nan=True, **EXACT
+    )
+    assert stopped_tensor(groups, like).tolist() == [True, False, True, True]
+    assert "group/constant_fraction" not in rollout_metrics([Group(rollouts=(made[0],))])
+
+
+# ---- rows within limits ----------------------------------------------------------------------------------------------
+
+TIGHT = Limits(max_prompt_tokens=22, max_completion_tokens=4)
+
+
+def test_a_completion_too_long_keeps_its_stop_token() -> None:
+    asked = prompt("1+1")  # 19 tokens with the template
+    (row,) = encode_examples([Example(prompt=asked, completion="abcdef")], template(), TIGHT)
+    assert template().decode(row.completion_ids) == "abc" and row.completion_ids[-1] == template().turn_end_id
+    assert len(row.completion_ids) == 4
+
+
+def test_rows_that_do_not_fit_are_left_out() -> None:
+    long = prompt("1+1+1+1+1")
+    examples = [Example(prompt=long, completion="a"), Example(prompt=prompt("2"), completion="b")]
+    assert len(encode_examples(examples, template(), TIGHT)) == 1
+    assert [p.id for p in fitting_prompts([long, prompt("2")], template(), TIGHT)] == ["sums/2"]
+    with pytest.raises(UserError, match=r"none of 1 rows is left within 22 prompt and 4 completion tokens"):
+        encode_examples(examples[:1], template(), TIGHT)
+    with pytest.raises(UserError, match=r"raise data\.max_prompt_tokens"):
+        fitting_prompts([long], template(), TIGHT)
+    assert encode_examples([], template(), TIGHT) == []
+
+
+def test_pairs_that_are_equal_after_truncation_are_left_out() -> None:
+    asked = prompt("2")
+    same, other = (
+        Pair(prompt=asked, chosen="abcX", rejected="abcY"),
+        Pair(prompt=asked, chosen="a", rejected="b", margin=0.5),
+    )
+    pairs = encode_pairs([same, other], template(), TIGHT)
+    assert [p.margin for p in pairs] == [0.5]
+    with pytest.raises(UserError, match="a pair must also differ within them"):
+        encode_pairs([same], template(), TIGHT)
