@@ -120,7 +120,7 @@ def strict_json(text: str) -> Any:
 def rows(path: Path) -> list[dict[str, Any]]:
     """All rows of a JSONL file, strictly."""
     text = path.read_text("utf-8")
-    assert text.endswith("\n")
+    assert not text or text.endswith("\n")
     return [strict_json(line) for line in text.split("\n")[:-1]]
 
 

@@ -1,6 +1,6 @@
 """The same number of trials for every method, on validation prompts: settings -> one run each -> a table.
 
-    python recipes/starter/tune.py dpo grpo ppo        # four trials a method, seed 7, two at a time
+    python recipes/starter/tune.py dpo grpo ppo        # eight trials a method, two at a time
 
 The seed is none of the study's, the prompts are the validation split, and what is compared is the mean graded score; the
 test split is never touched. Each method's best setting goes into its recipe.
@@ -23,25 +23,22 @@ COMMON = (
 )  # fmt: skip
 TRIALS: dict[str, list[list[str]]] = {
     "dpo": [
-        ["algorithm.learning_rate=1e-5", "algorithm.beta=0.1"],
-        ["algorithm.learning_rate=3e-5", "algorithm.beta=0.1"],
-        ["algorithm.learning_rate=3e-5", "algorithm.beta=0.5"],
-        ["algorithm.learning_rate=1e-4", "algorithm.beta=0.5"],
+        [f"algorithm.learning_rate={rate}", f"algorithm.beta={beta}"]
+        for rate in ("3e-5", "1e-4", "3e-4", "6e-4")
+        for beta in (0.1, 0.5)
     ],
     "grpo": [
-        ["algorithm.learning_rate=5e-5", "algorithm.scale=group"],
-        ["algorithm.learning_rate=1e-4", "algorithm.scale=group"],
-        ["algorithm.learning_rate=1e-4", "algorithm.scale=none"],
-        ["algorithm.learning_rate=2e-4", "algorithm.scale=group"],
+        ["train.num_phases=20", f"algorithm.learning_rate={rate}", f"algorithm.scale={scale}"]
+        for rate in ("5e-5", "1e-4", "2e-4", "4e-4")
+        for scale in ("group", "none")
     ],
     "ppo": [
-        ["algorithm.learning_rate=5e-5", "algorithm.kl_coef=0.02"],
-        ["algorithm.learning_rate=1e-4", "algorithm.kl_coef=0.02"],
-        ["algorithm.learning_rate=2e-4", "algorithm.kl_coef=0.02"],
-        ["algorithm.learning_rate=1e-4", "algorithm.kl_coef=0.1"],
+        ["train.num_phases=20", f"algorithm.learning_rate={rate}", f"algorithm.kl_coef={coef}"]
+        for rate in ("5e-5", "1e-4", "2e-4", "4e-4")
+        for coef in (0.01, 0.05)
     ],
 }
-"""Equally many a method: three or four learning rates and one more knob of its own."""
+"""Equally many a method: four learning rates by two values of one knob of its own; online methods at half length."""
 
 
 def trial(method: str, number: int, settings: list[str]) -> tuple[str, dict[str, float], float, str]:

@@ -164,9 +164,10 @@ def digit_share(prompts: Sequence[Prompt], completions: Sequence[Completion]) ->
     return [sum(c.isdigit() for c in x.text) / (1 + len(x.text)) + 0.01 * len(x.token_ids) for x in completions]
 
 
-def source(*, microbatch_rows: int = 4, **changes: Any) -> Source:
+@cache
+def world_source(microbatch_rows: int) -> Source:
     limits = Limits(max_prompt_tokens=32, max_completion_tokens=MAX_TOKENS + 8, microbatch_rows=microbatch_rows)
-    whole = Source(
+    return Source(
         template=template(),
         device=torch.device("cpu"),
         limits=limits,
@@ -176,7 +177,11 @@ def source(*, microbatch_rows: int = 4, **changes: Any) -> Source:
         prompts=PROMPTS,
         rewards=[Reward(name="digits", function=digit_share, weight=1.0)],
     )
-    return replace(whole, **changes)
+
+
+def source(*, microbatch_rows: int = 4, **changes: Any) -> Source:
+    """The world's data; `changes` replace fields of the Source."""
+    return replace(world_source(microbatch_rows), **changes)
 
 
 # ---- a run -----------------------------------------------------------------------------------------------------------
@@ -402,5 +407,5 @@ def mutant(module: ModuleType, text: str, replacement: str) -> Any:
     assert code.count(text) == 1, f"{text!r} occurs {code.count(text)} times in {module.__name__}: update the mutant"
     copied = ModuleType(f"{module.__name__}_mutant")
     sys.modules[copied.__name__] = copied  # where pydantic looks the annotations up
-    exec(compile(code.replace(text, replacement), f"{module.__file__}:{replacement}", "exec"), copied.__dict__)
+    exec(compile(code.replace(text, replacement), str(module.__file__), "exec"), copied.__dict__)
     return copied.ALGORITHM

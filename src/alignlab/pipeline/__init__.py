@@ -105,8 +105,10 @@ def _finished_all(recipe: Recipe, output: Path) -> bool:
     return all((folder / DONE).is_file() for folder in folders)
 
 
-def run_stage(stage: Stage, seed: int, folder: Path, session: Session, *, resume: bool) -> StageResult:
-    """Trains one stage to its end, or finds it finished."""
+def run_stage(
+    stage: Stage, seed: int, folder: Path, session: Session, *, resume: bool, wait: bool = False
+) -> StageResult:
+    """Trains one stage to its end, or finds it finished; `wait` lets another process that is at it finish first."""
     start, reward_stage = (
         _dependency(stage.start, "policy", session),
         _dependency(stage.reward_model, "reward_model", session),
@@ -117,7 +119,10 @@ def run_stage(stage: Stage, seed: int, folder: Path, session: Session, *, resume
         _say(session, f"{stage.name}: already complete in {folder}")
         return done
     folder.mkdir(parents=True, exist_ok=True)
-    with Lock(folder):
+    with Lock(folder, wait):
+        done = finished_stage(folder, key)
+        if done is not None:
+            return done
         run = StageRun(stage, seed, folder, session, start, reward_stage, key, contract)
         return run.go(resume)
 
@@ -160,7 +165,7 @@ def cached_stage(path: Path, kind: str, session: Session) -> StageResult:
         found = finished_stage(folder, key)
         if found is None:
             _say(session, f"{path.name}: training {stage.name} first (kept in {folder})")
-            found = run_stage(stage, recipe.seed, folder, inner, resume=True)
+            found = run_stage(stage, recipe.seed, folder, inner, resume=True, wait=True)
         inner.earlier[stage.name] = found
         results.append(found)
     return _of_kind(results[-1], kind, reference=str(path))

@@ -425,8 +425,8 @@ def model_choice(section: ModelSection, name: str) -> ModelChoice:
 class Lock:
     """One process a run folder: a file with the owner's process id; a dead owner's lock is taken over."""
 
-    def __init__(self, folder: Path) -> None:
-        self.path = folder / ".lock"
+    def __init__(self, folder: Path, wait: bool = False) -> None:
+        self.path, self.wait = folder / ".lock", wait
 
     def __enter__(self) -> None:
         while True:
@@ -437,6 +437,9 @@ class Lock:
             except FileExistsError:
                 owner = self._owner()
                 if owner is not None and owner != os.getpid() and psutil.pid_exists(owner):
+                    if self.wait:
+                        time.sleep(0.5)
+                        continue
                     raise UserError(
                         f"{self.path.parent}: process {owner} is running this; wait for it or stop it"
                     ) from None

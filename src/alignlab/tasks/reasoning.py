@@ -2,8 +2,8 @@
 
 "Mia has 17 coins and loses 9. .." -> `<reasoning>17 - 9 = 10 - 2 = 8</reasoning><answer>8</answer>` -> right or wrong.
 
-The working goes through tens and ones: a model of a million parameters learns each of its steps within minutes, where it
-would need hours to learn two-digit sums in one go.
+The working goes through tens and ones: a model of a million parameters learns each of its steps within minutes, where
+it would need hours to learn two-digit sums in one go.
 """
 
 from __future__ import annotations
