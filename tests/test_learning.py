@@ -1,4 +1,4 @@
-"""Every method improves what it is for, on held-out prompts of the starter, in seconds; thresholds lie far below what is usual.
+"""Every method improves what it is for, on held-out prompts of the starter; thresholds lie far below what is usual.
 
 The stages are the shipped recipes, only shorter; all start from one SFT policy that is trained here once.
 """

@@ -60,7 +60,8 @@ def test_overrides_reach_single_stages_named_stages_and_the_model_by_name(tmp_pa
     assert recipe.seed == 7 and recipe.stages[0].algorithm.group_size == 4  # type: ignore[attr-defined]
     assert recipe.stages[0].model.name == "google/gemma-3-270m-it"
     several = "data: {task: reasoning}\nstages:\n- {name: a, algorithm: sft}\n- {name: b, algorithm: {name: grpo}}\n"
-    recipe = load_recipe(write(tmp_path, several), ["stages.b.algorithm.group_size=2", "stages.a.algorithm.learning_rate=1e-3"])
+    both = ["stages.b.algorithm.group_size=2", "stages.a.algorithm.learning_rate=1e-3"]
+    recipe = load_recipe(write(tmp_path, several), both)
     assert recipe.stages[1].algorithm.group_size == 2  # type: ignore[attr-defined]
     assert recipe.stages[0].algorithm.learning_rate == 1e-3  # type: ignore[attr-defined]
     kept = apply_overrides({"model": {"name": "starter", "adapter": "lora"}}, ["model=other"])
@@ -68,7 +69,8 @@ def test_overrides_reach_single_stages_named_stages_and_the_model_by_name(tmp_pa
 
 
 def test_pipeline_stages_inherit_what_stands_beside_them(tmp_path: Path) -> None:
-    text = "data: {task: safety}\ntrain: {num_phases: 3}\nstages:\n- {algorithm: sft}\n- {algorithm: dpo, train: {num_phases: 4}}\n"
+    text = "data: {task: safety}\ntrain: {num_phases: 3}\n"
+    text += "stages:\n- {algorithm: sft}\n- {algorithm: dpo, train: {num_phases: 4}}\n"
     recipe = load_recipe(write(tmp_path, text))
     assert [s.name for s in recipe.stages] == ["sft", "dpo"]
     assert [s.train.num_phases for s in recipe.stages] == [3, 4]

@@ -1,4 +1,4 @@
-"""The same recipe on a model of true width and vocabulary (Gemma 3 270M, two of its layers, weights drawn at random)."""
+"""The same recipe on a model of true width and vocabulary (two layers of Gemma 3 270M, weights drawn at random)."""
 
 from __future__ import annotations
 
@@ -42,7 +42,8 @@ def gemma(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("method", ["sft", "dpo", "grpo", "ppo"])
 def test_two_phases_of_every_method_at_true_width(gemma: Path, tmp_path: Path, method: str, adapter: str) -> None:
     overrides = [
-        "start=null", f"model.name={gemma}", "model.weights=random", f"model.adapter={adapter}", "data.task=[reasoning]",
+        "start=null", f"model.name={gemma}", "model.weights=random", f"model.adapter={adapter}",
+        "data.task=[reasoning]",
         "data.max_completion_tokens=8", "evaluation.every=0", "evaluation.prompts_per_task=1",
     ]  # fmt: skip
     if method in ("grpo", "ppo"):
@@ -50,7 +51,7 @@ def test_two_phases_of_every_method_at_true_width(gemma: Path, tmp_path: Path, m
     recipe = load_recipe(RECIPES / "starter" / f"{method}.yaml", overrides, debug=True)
     run_recipe(recipe, tmp_path / "run", debug=True, quiet=True)
     log = read_jsonl(tmp_path / "run" / HISTORY)
-    assert len({row["phase"] for row in log}) == 2
+    assert len({row["phase"] for row in log if "loss/total" in row}) == 2
     made = json.loads((tmp_path / "run" / "provenance.json").read_text("utf-8"))["model"]
     assert made["parameters"] > 170_000_000
     assert (made["trained"] < 1_000_000) == (adapter == "lora")

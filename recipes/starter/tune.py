@@ -2,8 +2,8 @@
 
     python recipes/starter/tune.py dpo grpo ppo        # eight trials a method, two at a time
 
-The seed is none of the study's, the prompts are the validation split, and what is compared is the mean graded score; the
-test split is never touched. Each method's best setting goes into its recipe.
+The seed is none of the study's, the prompts are the validation split, and what is compared is the mean graded score;
+the test split is never touched. Each method's best setting goes into its recipe.
 """
 
 from __future__ import annotations

@@ -287,6 +287,10 @@ DEBUG = {
     "evaluation": {"prompts_per_task": 2, "every": 0, "samples": 1},
 }
 """What `--debug` sets on every stage: two phases, and an evaluation on a handful of prompts."""
+DEBUG_SIZES = {"prompts_per_phase": 2, "pairs_per_step": 4, "examples_per_step": 4, "group_size": 4}
+"""The most that `--debug` leaves of what a method uses a phase."""
+DEBUG_ROWS = 64
+"""Rows of each source that `--debug` uses."""
 
 
 def algorithm_class(name: str) -> type[Hyperparameters]:
@@ -329,7 +333,7 @@ def parse_recipe(raw: Mapping[str, Any], path: Path, *, debug: bool = False) -> 
     for stage in merged:
         stage.setdefault("name", _stage_name(stage))
         if debug:
-            _debug_algorithm(stage)
+            _make_small(stage)
     names = {stage["name"] for stage in merged}
     for stage in merged:
         for key in ("start", "reward_model"):
@@ -341,14 +345,18 @@ def parse_recipe(raw: Mapping[str, Any], path: Path, *, debug: bool = False) -> 
     return validate(Recipe, {**raw, "stages": merged}, str(path))
 
 
-def _debug_algorithm(stage: dict[str, Any]) -> None:
-    """In debug a phase is small too."""
-    algorithm = stage.get("algorithm")
-    algorithm = {"name": algorithm} if isinstance(algorithm, str) else dict(algorithm or {})
-    for key, value in (("prompts_per_phase", 2), ("pairs_per_step", 4), ("examples_per_step", 4), ("group_size", 4)):
-        if key in algorithm:
-            algorithm[key] = min(algorithm[key], value) if isinstance(algorithm[key], int) else algorithm[key]
-    stage["algorithm"] = algorithm
+def _make_small(stage: dict[str, Any]) -> None:
+    """In debug a phase is small too, and few rows are read for it."""
+    data = stage.get("data", {})
+    if isinstance(data, Mapping):
+        limit = data.get("limit")
+        stage["data"] = {**data, "limit": min(limit, DEBUG_ROWS) if isinstance(limit, int) else limit or DEBUG_ROWS}
+    algorithm = _named("algorithm", stage.get("algorithm"))
+    if isinstance(algorithm, Mapping) and algorithm.get("name") in registry.names("algorithms"):
+        fields = algorithm_class(algorithm["name"]).model_fields
+        sizes = {key: algorithm.get(key, fields[key].default) for key in DEBUG_SIZES if key in fields}
+        small = {key: min(size, DEBUG_SIZES[key]) for key, size in sizes.items() if isinstance(size, int)}
+        stage["algorithm"] = {**algorithm, **small}
 
 
 def _stage_name(stage: Mapping[str, Any]) -> str:

@@ -253,7 +253,7 @@ def test_other_errors() -> None:
         ("groups.centred * groups.present / ", "groups.centred / ", test_leave_one_out),
         ("+ gamma * next_value", "+ next_value", test_gae),
         ("next_value - value", "next_value + value", test_gae),
-        ("gamma * gae_lambda *", "gae_lambda *", test_gae),
+        ("gamma * gae_lambda * next_advantage", "gae_lambda * next_advantage", test_gae),
         ("return advantages, advantages + values", "return advantages, advantages", test_gae),
         ("columns[::-1]", "columns", test_gae),
         ("zero if bootstrap_values is None else bootstrap_values", "zero", test_gae_of_a_row_that_was_cut_off),

@@ -133,8 +133,8 @@ def test_a_column_is_not_broadcast_against_a_row() -> None:
 @pytest.mark.parametrize(
     "text, replacement, test",
     [
-        ("(chosen - reference_chosen) - (", "(chosen - reference_rejected) - (", test_sigmoid),
-        ("(chosen - reference_chosen) - (", "(chosen - reference_chosen) + (", test_sigmoid),
+        ("margin = (chosen - reference_chosen) - (", "margin = (chosen - reference_rejected) - (", test_sigmoid),
+        ("margin = (chosen - reference_chosen) - (", "margin = (chosen - reference_chosen) + (", test_sigmoid),
         ("-(1 - label_smoothing) * F", "(1 - label_smoothing) * F", test_sigmoid),
         ("-(1 - label_smoothing) * F", "-F", test_label_smoothing),
         ("F.logsigmoid(-beta * margin)", "F.logsigmoid(beta * margin)", test_label_smoothing),

@@ -7,9 +7,8 @@ from types import ModuleType
 def mutated(module: ModuleType, text: str, replacement: str) -> ModuleType:
     """A fresh copy of `module` with the only occurrence of `text` in its source replaced."""
     source = inspect.getsource(module)
-    assert source.count(text) == 1, (
-        f"{text!r} occurs {source.count(text)} times in {module.__name__}: update the mutant"
-    )
+    if source.count(text) != 1:  # no AssertionError: a stale mutant must not look like a caught one
+        raise ValueError(f"{text!r} occurs {source.count(text)} times in {module.__name__}: update the mutant")
     mutant = ModuleType(f"{module.__name__}_mutant")
     exec(compile(source.replace(text, replacement), f"{module.__file__}:{replacement}", "exec"), mutant.__dict__)
     return mutant

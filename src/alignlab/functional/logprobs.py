@@ -220,9 +220,8 @@ def _score_rows(
     distance = taken - top
     own = distance.exp()
     mass = rest + own
-    log_mass = torch.log1p(
-        rest + torch.expm1(distance)
-    )  # log(mass), to full precision where the taken token is the top
+    # log(mass), to full precision where the taken token is the top
+    log_mass = torch.log1p(rest + torch.expm1(distance))
     logprobs = distance - log_mass
     entropy, gradient = None, None
     if with_entropy:

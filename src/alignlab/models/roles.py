@@ -157,7 +157,7 @@ def freeze(model: M) -> M:
 
 
 def disable_dropout(model: nn.Module) -> None:
-    """Turns every dropout off for good, functional ones and adapters' included: training mode brings none back."""
+    """Turns dropout off for good, in layers, attention and adapters: training mode does not bring it back."""
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0

@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -106,8 +107,9 @@ def data_fingerprint(stage: Stage) -> str:
     return _hash_files(sorted(p for task in data.task for p in (starter.DATA / task).glob("*.jsonl")))
 
 
+@cache
 def code_fingerprint() -> str:
-    """sha256 over the package's sources that can change a weight or a score."""
+    """sha256 over the package's sources that can change a weight or a score, as they are when this process asks first."""
     root = Path(alignlab.__file__).parent
     outside = {"study", "cli.py", "serving"}
     return _hash_files(sorted(p for p in root.rglob("*.py") if p.relative_to(root).parts[0] not in outside))

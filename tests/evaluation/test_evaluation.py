@@ -1,0 +1,277 @@
+"""Held-out evaluation against numbers worked out by hand: scores, task means, lengths, KL, and the same dice for all."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import PreTrainedModel
+
+from alignlab import evaluation
+from alignlab.conversation import Template
+from alignlab.data import collate
+from alignlab.errors import UserError
+from alignlab.evaluation import (
+    check_gradable,
+    completion_metrics,
+    evaluate_policy,
+    evaluate_reward_model,
+    kl_metrics,
+    task_mean,
+)
+from alignlab.forward import rewards
+from alignlab.generate import Sampling
+from alignlab.models import ModelChoice, frozen_policy, load_tokenizer, make_reward_model
+from alignlab.rollout import Limits, Source, encode_pairs, sample_prompts
+from alignlab.statistics.inference import prompt_interval, wilson_interval
+from alignlab.types import Completion, Message, Pair, Prompt, Row
+from tests.runs import small_model
+from tests.tolerances import FLOAT32, FLOAT64
+
+SAMPLING = Sampling(max_completion_tokens=12)
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return small_model(tmp_path_factory.mktemp("models") / "small")
+
+
+@pytest.fixture(scope="module")
+def template(folder: Path) -> Template:
+    return Template.of(load_tokenizer(str(folder)), None)
+
+
+def load(folder: Path, dtype: str = "float64", shift: float = 0.0) -> PreTrainedModel:
+    """The small model; with a shift, another one: its last norm scales the logits up."""
+    model = frozen_policy(ModelChoice(name=str(folder), dtype=dtype), CPU)  # type: ignore[arg-type]
+    assert isinstance(model, PreTrainedModel)
+    with torch.no_grad():
+        model.model.norm.weight.add_(shift)
+    return model
+
+
+def prompt(number: int, task: str = "reasoning", answer: str = "7") -> Prompt:
+    message = Message("user", f"How many are {number} and {7 - number}?")
+    return Prompt(messages=(message,), id=f"{task}/{number}", task=task, answer=answer, meta={"grading": "number"})
+
+
+PROMPTS = [prompt(n) for n in range(3)] + [prompt(n, "code", "max(xs)") for n in range(2)]
+
+
+def completion(text: str, tokens: int = 3, stop: bool = True) -> Completion:
+    reason = "stop" if stop else "length"
+    return Completion(token_ids=(5,) * tokens, logprobs=(-0.5,) * tokens, finish_reason=reason, text=text)  # type: ignore[arg-type]
+
+
+# ---- scores ----------------------------------------------------------------------------------------------------------
+
+
+def answers(monkeypatch: pytest.MonkeyPatch, texts: dict[str, Sequence[str]]) -> None:
+    """Makes the model say these texts, by prompt id."""
+
+    def say(
+        policy: object, prompts: Sequence[Prompt], *_: object, num_samples: int, **__: object
+    ) -> list[list[Completion]]:
+        assert all(len(texts[p.id]) == num_samples for p in prompts)
+        return [[completion(text) for text in texts[p.id]] for p in prompts]
+
+    monkeypatch.setattr(evaluation, "sample_prompts", say)
+
+
+RIGHT, WRONG = "<reasoning>a</reasoning><answer>7</answer>", "<reasoning>a</reasoning><answer>8</answer>"
+
+
+def test_scores_are_means_over_samples_and_the_score_is_the_mean_over_tasks(
+    folder: Path, template: Template, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """reasoning: (2/4, 4/4, 1/4) -> 7/12; code: (1/4, 0) -> 1/8; their mean 17/48, not the prompt mean (2.0 / 5)."""
+    answers(
+        monkeypatch,
+        {
+            "reasoning/0": [RIGHT, WRONG, RIGHT, WRONG],
+            "reasoning/1": [RIGHT] * 4,
+            "reasoning/2": [WRONG, WRONG, WRONG, RIGHT],
+            "code/0": ["max(xs)", "min(xs)", "nothing at all", "max(ys)"],
+            "code/1": ["max(", "", "x", "7"],
+        },
+    )
+    found = evaluate_policy(load(folder), PROMPTS, template, SAMPLING, samples=4)
+    assert found.scores == {"reasoning/0": 0.5, "reasoning/1": 1.0, "reasoning/2": 0.25, "code/0": 0.25, "code/1": 0.0}
+    assert found.metrics["reasoning/score"] == pytest.approx(7 / 12, **approx())
+    assert found.metrics["code/score"] == pytest.approx(1 / 8, **approx())
+    assert found.metrics["score"] == pytest.approx(17 / 48, **approx())
+    assert found.metrics["reasoning/format"] == 1.0
+    assert len(found.samples) == 20 and found.tasks == {p.id: p.task for p in PROMPTS}
+    again = {i: [s["score"] for s in found.samples if s["prompt_id"] == i] for i in found.scores}
+    assert {i: sum(values) / 4 for i, values in again.items()} == found.scores
+    interval = prompt_interval([0.5, 1.0, 0.25])
+    assert found.intervals["reasoning/score"] == (interval.low, interval.high)
+    assert "score" not in found.intervals  # 3 and 2 prompts: the mean over prompts is not the mean over tasks
+    assert found.to_json()["scores"] == found.scores
+
+
+def approx() -> dict[str, float]:
+    return {"rel": FLOAT64["rtol"], "abs": FLOAT64["atol"]}
+
+
+def test_prompts_without_a_task_are_measured_and_not_graded(
+    folder: Path, template: Template, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    free = Prompt(messages=(Message("user", "Hello"),), id="free/0")
+    answers(monkeypatch, {"free/0": ["Hi there"], "reasoning/0": [RIGHT]})
+    found = evaluate_policy(load(folder), [free, PROMPTS[0]], template, SAMPLING)
+    assert found.scores == {"reasoning/0": 1.0} and found.metrics["score"] == 1.0
+    assert found.metrics["completion/length"] == 3.0 and found.samples[0]["score"] is None
+    answers(monkeypatch, {"free/0": ["Hi there"]})
+    found = evaluate_policy(load(folder), [free], template, SAMPLING)
+    assert found.scores == {} and "score" not in found.metrics and "completion/length" in found.metrics
+
+
+def test_the_task_mean_counts_every_task_the_same() -> None:
+    tasks = {"a": "x", "b": "x", "c": "x", "d": "y"}
+    assert task_mean({"a": 0.0, "b": 0.0, "c": 0.3, "d": 1.0}, tasks) == pytest.approx(0.55, **approx())
+
+
+def test_what_cannot_be_graded_names_prompt_and_reason() -> None:
+    check_gradable(PROMPTS)
+    bad = Prompt(messages=(Message("user", "x"),), id="mine/3", task="safety")
+    with pytest.raises(UserError, match="task 'safety' cannot grade prompt 'mine/3' .*harmful"):
+        check_gradable([*PROMPTS, bad])
+    unknown = Prompt(messages=(Message("user", "x"),), id="mine/4", task="vibes")
+    with pytest.raises(UserError, match="'vibes'.*there are: clinical"):
+        check_gradable([unknown])
+
+
+# ---- completions -----------------------------------------------------------------------------------------------------
+
+
+def test_lengths_stops_and_variety_of_hand_made_completions() -> None:
+    """Lengths 1, 2, 6: mean 3, median 2, sd sqrt((4 + 1 + 9) / 3). Pairs: ab bc, ab, (one word: none) -> 2 of 3."""
+    made = [completion("a b c", 1), completion("a b", 2, stop=False), completion("a", 6)]
+    found = completion_metrics(made)
+    assert found == pytest.approx(
+        {
+            "completion/length": 3.0,
+            "completion/length_median": 2.0,
+            "completion/length_sd": math.sqrt(14 / 3),
+            "completion/stop_fraction": 2 / 3,
+            "completion/distinct_2": 2 / 3,
+        },
+        **approx(),
+    )
+    assert completion_metrics([completion("x y x y x y")])["completion/distinct_2"] == pytest.approx(2 / 5)
+    assert math.isnan(completion_metrics([completion("one")])["completion/distinct_2"])
+
+
+# ---- KL --------------------------------------------------------------------------------------------------------------
+
+
+def test_the_kl_to_itself_is_zero(folder: Path, template: Template) -> None:
+    policy = load(folder)
+    found = evaluate_policy(policy, PROMPTS, template, SAMPLING, samples=2, reference=load(folder))
+    assert abs(found.metrics["policy/kl_per_sequence"]) < 1e-10 and abs(found.metrics["policy/kl_per_token"]) < 1e-10
+    assert "policy/kl_per_sequence" not in evaluate_policy(policy, PROMPTS[:1], template, SAMPLING).metrics
+
+
+def test_the_kl_is_the_sum_of_log_ratios_on_the_policys_own_samples(folder: Path, template: Template) -> None:
+    """Against a plain forward of each row by itself: mean over completions of sum_t log pi - log ref; then over tokens."""
+    policy, reference = load(folder), load(folder, shift=0.5)
+    sampling = Sampling(max_completion_tokens=12, temperature=0.7)
+    ids = [template.encode_prompt(p) for p in PROMPTS]
+    sampled = sample_prompts(policy, PROMPTS, ids, template, sampling, num_samples=2, seed=3, phase=0)
+    total, tokens, count = 0.0, 0, 0
+    for prefix, siblings in zip(ids, sampled, strict=True):
+        for c in siblings:
+            row = torch.tensor([[*prefix, *c.token_ids]])
+            both = [torch.log_softmax(m(input_ids=row).logits[0, :-1] / 0.7, -1) for m in (policy, reference)]
+            for t, token in enumerate(c.token_ids, start=len(prefix)):
+                total += (both[0][t - 1, token] - both[1][t - 1, token]).item()
+            tokens, count = tokens + len(c.token_ids), count + 1
+    assert abs(total) > 1e-3 and count == 10
+    found = kl_metrics(reference, PROMPTS, ids, sampled, template, sampling, max_rows=3)
+    assert found["policy/kl_per_sequence"] == pytest.approx(total / count, rel=1e-8)
+    assert found["policy/kl_per_token"] == pytest.approx(total / tokens, rel=1e-8)
+    wrong_temperature = kl_metrics(reference, PROMPTS, ids, sampled, template, Sampling(max_completion_tokens=12))
+    assert abs(wrong_temperature["policy/kl_per_sequence"] - total / count) > 1e-3
+
+
+# ---- dice ------------------------------------------------------------------------------------------------------------
+
+
+def test_equal_models_answer_equally_whatever_else_is_asked(folder: Path, template: Template) -> None:
+    """The dice belong to the prompt: not to the model object, the other prompts, their order, or the batch."""
+    first = evaluate_policy(load(folder), PROMPTS, template, SAMPLING, samples=3)
+    second = evaluate_policy(load(folder), PROMPTS[::-1], template, SAMPLING, samples=3, max_rows=2)
+    alone = evaluate_policy(load(folder), PROMPTS[1:2], template, SAMPLING, samples=3)
+
+    def texts(found: evaluation.Evaluation) -> dict[str, list[str]]:
+        return {p.id: [s["text"] for s in found.samples if s["prompt_id"] == p.id] for p in PROMPTS}
+
+    assert texts(first) == texts(second)
+    assert texts(alone)["reasoning/1"] == texts(first)["reasoning/1"]
+    assert len({text for told in texts(first).values() for text in told}) > 10
+
+
+def test_two_models_throw_the_same_dice(folder: Path, template: Template, monkeypatch: pytest.MonkeyPatch) -> None:
+    thrown: list[list[object]] = []
+    real = evaluation.sample_prompts.__globals__["generate"]
+
+    def watched(model: object, ids: object, keys: list[object], *args: object, **options: object) -> object:
+        thrown.append(keys)
+        return real(model, ids, keys, *args, **options)
+
+    monkeypatch.setitem(evaluation.sample_prompts.__globals__, "generate", watched)
+    for model in (load(folder), load(folder, shift=0.5)):
+        evaluate_policy(model, PROMPTS, template, SAMPLING)
+    assert thrown[0] == thrown[1] and len(set(thrown[0])) == len(PROMPTS)
+
+
+def test_evaluation_leaves_the_policy_and_the_generators_as_they_were(folder: Path, template: Template) -> None:
+    policy = load(folder).train()
+    torch.manual_seed(5)
+    expected = torch.rand(1)
+    torch.manual_seed(5)
+    evaluate_policy(policy, PROMPTS[:2], template, SAMPLING, reference=load(folder))
+    assert torch.equal(torch.rand(1), expected) and policy.training
+
+
+# ---- reward models ---------------------------------------------------------------------------------------------------
+
+
+def test_reward_model_accuracy_is_the_share_of_pairs_in_the_right_order(folder: Path, template: Template) -> None:
+    model = make_reward_model(load(folder), seed=1)
+    limits = Limits(max_prompt_tokens=64, max_completion_tokens=16)
+    texts = ["one", "two words", "three words here", "7", "max(xs)", "no"]
+    pairs = [
+        Pair(prompt=prompt(n, "reasoning" if n < 3 else "code"), chosen=texts[n], rejected=texts[(n + 1) % 6])
+        for n in range(6)
+    ]
+    encoded = encode_pairs(pairs, template, limits)
+    source = Source(template=template, device=CPU, limits=limits, sampling=SAMPLING, pairs=encoded)
+    found = evaluate_reward_model(model, source, [p.prompt.task for p in pairs])
+
+    def scored(text: str, number: int) -> float:
+        row = template.row(pairs[number].prompt, text)
+        return rewards(model, collate([Row(prompt_ids=row.prompt_ids, completion_ids=row.completion_ids)])).item()
+
+    won = [float(scored(p.chosen, n) > scored(p.rejected, n)) for n, p in enumerate(pairs)]
+    assert list(found.scores.values()) == won and 0 < sum(won) < 6
+    assert found.metrics["preference/accuracy"] == pytest.approx(sum(won) / 6)
+    assert found.metrics["reasoning/accuracy"] == pytest.approx(sum(won[:3]) / 3)
+    assert found.metrics["code/accuracy"] == pytest.approx(sum(won[3:]) / 3)
+    assert found.intervals["preference/accuracy"] == wilson_interval(int(sum(won)), 6)
+
+
+def test_ties_count_one_half_and_are_not_decisive(folder: Path, template: Template) -> None:
+    model = make_reward_model(load(folder), seed=1)
+    torch.nn.init.zeros_(model.head.weight)
+    limits = Limits(max_prompt_tokens=64, max_completion_tokens=16)
+    pairs = encode_pairs([Pair(prompt=PROMPTS[0], chosen="a", rejected="b")], template, limits)
+    source = Source(template=template, device=CPU, limits=limits, sampling=SAMPLING, pairs=pairs)
+    found = evaluate_reward_model(model, source, ["reasoning"])
+    assert found.metrics["preference/accuracy"] == 0.5 and "preference/accuracy" not in found.intervals
+    torch.testing.assert_close(torch.tensor(0.5), torch.tensor(found.scores["pair/0"]), **FLOAT32)
