@@ -20,6 +20,7 @@ RECIPES = Path(__file__).parents[1] / "recipes" / "starter"
 SFT_GAIN = 0.08
 REWARD_MODEL_ACCURACY = 0.62
 DPO_ACCURACY = 0.70
+DPO_GAIN = 0.05
 REWARD_GAIN = 0.06
 """Least gain of the mean training reward, last phases over first phases."""
 
@@ -74,7 +75,7 @@ def test_the_reward_model_tells_held_out_pairs_apart(reward_model: Outcome) -> N
 def test_dpo_learns_its_pairs_and_their_behaviour(world: Path, sft: Outcome) -> None:
     run = train(world, "dpo", f"start={sft.folder}", "train.num_phases=40", "evaluation.every=40")
     assert run.mean("preference/accuracy", slice(-5, None)) > DPO_ACCURACY
-    assert run.metrics["safety/score"] > run.before("safety/score")
+    assert run.metrics["score"] > run.before("score") + DPO_GAIN
 
 
 @pytest.mark.parametrize("method", ["grpo", "ppo"])

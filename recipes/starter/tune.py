@@ -19,8 +19,12 @@ from pathlib import Path
 HERE = Path(__file__).parent
 SEED = 7
 COMMON = (
-    f"seed={SEED}", "evaluation.prompts_per_task=50", "evaluation.samples=4", "evaluation.every=0", "train.save_every=1000"
-)  # fmt: skip
+    f"seed={SEED}",
+    "evaluation.prompts_per_task=50",
+    "evaluation.samples=4",
+    "evaluation.every=0",
+    "train.save_every=1000",
+)
 TRIALS: dict[str, list[list[str]]] = {
     "dpo": [
         [f"algorithm.learning_rate={rate}", f"algorithm.beta={beta}"]

@@ -1,4 +1,4 @@
-"""Held-out evaluation against numbers worked out by hand: scores, task means, lengths, KL, and the same dice for all."""
+"""Held-out evaluation against numbers worked out by hand: scores, task means, lengths, KL, the same dice for all."""
 
 from __future__ import annotations
 
@@ -139,10 +139,10 @@ def test_the_task_mean_counts_every_task_the_same() -> None:
 def test_what_cannot_be_graded_names_prompt_and_reason() -> None:
     check_gradable(PROMPTS)
     bad = Prompt(messages=(Message("user", "x"),), id="mine/3", task="safety")
-    with pytest.raises(UserError, match="task 'safety' cannot grade prompt 'mine/3' .*harmful"):
+    with pytest.raises(UserError, match=r"task 'safety' cannot grade prompt 'mine/3' .*harmful"):
         check_gradable([*PROMPTS, bad])
     unknown = Prompt(messages=(Message("user", "x"),), id="mine/4", task="vibes")
-    with pytest.raises(UserError, match="'vibes'.*there are: clinical"):
+    with pytest.raises(UserError, match=r"'vibes'.*there are: clinical"):
         check_gradable([unknown])
 
 
@@ -178,7 +178,7 @@ def test_the_kl_to_itself_is_zero(folder: Path, template: Template) -> None:
 
 
 def test_the_kl_is_the_sum_of_log_ratios_on_the_policys_own_samples(folder: Path, template: Template) -> None:
-    """Against a plain forward of each row by itself: mean over completions of sum_t log pi - log ref; then over tokens."""
+    """Against a plain forward of each row by itself: mean over completions of sum_t log pi - log ref; over tokens."""
     policy, reference = load(folder), load(folder, shift=0.5)
     sampling = Sampling(max_completion_tokens=12, temperature=0.7)
     ids = [template.encode_prompt(p) for p in PROMPTS]

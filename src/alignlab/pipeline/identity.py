@@ -109,7 +109,7 @@ def data_fingerprint(stage: Stage) -> str:
 
 @cache
 def code_fingerprint() -> str:
-    """sha256 over the package's sources that can change a weight or a score, as they are when this process asks first."""
+    """sha256 over the package's sources that can change a weight or a score, as they are when a process first asks."""
     root = Path(alignlab.__file__).parent
     outside = {"study", "cli.py", "serving"}
     return _hash_files(sorted(p for p in root.rglob("*.py") if p.relative_to(root).parts[0] not in outside))

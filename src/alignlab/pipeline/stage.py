@@ -30,6 +30,7 @@ from alignlab.generate import Sampling
 from alignlab.models import (
     ADAPTER_FILE,
     LoraChoice,
+    Model,
     ModelChoice,
     ScalarModel,
     disable_dropout,
@@ -45,6 +46,7 @@ from alignlab.models import (
     make_value_model,
     num_parameters,
     save_model,
+    unwrap,
 )
 from alignlab.optim import AdamWChoice, Schedule, build_optimizers
 from alignlab.pipeline.identity import DONE, StageResult, code_fingerprint
@@ -97,6 +99,8 @@ class StageRun:
         self.start, self.reward_stage, self.key, self.contract = start, reward_stage, key, contract
         self.algorithm, self.roles = stage.method, stage.method.models()
         self.choice = model_choice(stage.model, str(start.model) if start else stage.model.name)
+        if start:
+            self.choice = replace(self.choice, weights="pretrained", overrides={}, revision=None)
         tokenizer = load_tokenizer(self.choice.name, self.choice.revision)
         self.template = Template.of(tokenizer, load_generation_config(self.choice.name, self.choice.revision))
         self.limits = Limits(
@@ -232,6 +236,7 @@ class StageRun:
     def _models(self) -> dict[str, Any]:
         """Builds every role the method asks for; all randomness in it comes from the run's seed."""
         policy = load_policy(self.choice, seed=self.seed, device=self.session.device)
+        self._require_fit(policy)
         fresh_adapter = has_adapter(policy) and not (Path(location(self.choice.name)) / ADAPTER_FILE).is_file()
         if not self.algorithm.dropout:
             disable_dropout(policy)
@@ -247,6 +252,22 @@ class StageRun:
             if isinstance(models[name], nn.Module):
                 models[name].train(role.trained and self.algorithm.dropout)
         return models
+
+    def _require_fit(self, policy: Model) -> None:
+        """The tokenizer's ids have embeddings, and prompt and completion together fit the model's context."""
+        config, limits = unwrap(policy).config.get_text_config(), self.limits
+        if len(self.template.tokenizer) > config.vocab_size:
+            raise UserError(
+                f"model {self.choice.name!r}: its tokenizer has {len(self.template.tokenizer)} entries, but there "
+                f"are only {config.vocab_size} embeddings; they do not belong together"
+            )
+        longest = limits.max_prompt_tokens + limits.max_completion_tokens
+        context = getattr(config, "max_position_embeddings", longest)
+        if longest > context:
+            raise UserError(
+                f"stage {self.stage.name}: data.max_prompt_tokens + data.max_completion_tokens = {longest}, but the "
+                f"context of {self.choice.name!r} is {context} tokens; lower one of them"
+            )
 
     # ---- evaluation and result ---------------------------------------------------------------------------------------
 
@@ -356,14 +377,10 @@ class StageRun:
     def _write_record(self, models: Models, started: float) -> None:
         path = self.folder / "recipe.yaml"
         if not path.is_file() or "stages" not in read_mapping(path):  # a single stage's is the whole recipe's
-            stage = {
-                "name": self.folder.name,
-                "seed": self.seed,
-                **self.stage.model_dump(mode="json", serialize_as_any=True),
-                "start": str(self.start.folder.resolve()) if self.start else None,
-                "reward_model": str(self.reward_stage.folder.resolve()) if self.reward_stage else None,
-            }
-            path.write_text(dump_yaml(stage), "utf-8")
+            stage = self.stage.model_copy(update={"name": self.folder.name, **self._resolved()})
+            path.write_text(
+                dump_yaml({"seed": self.seed, **stage.model_dump(mode="json", serialize_as_any=True)}), "utf-8"
+            )
         packages = ("torch", "transformers", "peft", "tokenizers", "safetensors", "numpy")
         write_json(
             self.folder / "provenance.json",
@@ -386,6 +403,16 @@ class StageRun:
                 "started": time.strftime("%Y-%m-%dT%H:%M:%S%z", time.localtime(started)),
             },
         )  # fmt: skip
+
+    def _resolved(self) -> dict[str, Any]:
+        """What the stage depends on as folders, so that it can be run again without the recipe it came from."""
+        found: dict[str, Any] = {}
+        if self.start:
+            model = self.stage.model.model_copy(update={"name": ModelSection().name})
+            found |= {"start": str(self.start.folder.resolve()), "model": model}
+        if self.reward_stage:
+            found["reward_model"] = str(self.reward_stage.folder.resolve())
+        return found
 
     def _ledger(self, state: LoopState) -> dict[str, float]:
         """What the stage consumed; seconds are those of collecting and stepping, from the log."""
