@@ -63,7 +63,7 @@ def recipe(tmp_path: Path, model: Path) -> Path:
 def refused(result: Finished, *said: str, lines: int = 1) -> None:
     """Exit code 2, and on stderr `lines` lines that say all of this, nothing of Python's, and at most a data report."""
     assert result.code == 2, result
-    told = [line for line in result.err.splitlines() if not re.fullmatch(r"\w+: .* \d+ of \d+ rows.*", line)]
+    told = [line for line in result.err.splitlines() if not re.fullmatch(r"(?!error)\w+: .* \d+ of \d+ rows.*", line)]
     assert len(told) == len(result.errors) == lines, result.err
     for part in said:
         assert part in result.err, result.err

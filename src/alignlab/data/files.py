@@ -168,7 +168,8 @@ def read_hub(name: str, config: str | None, split: str | None) -> list[Record]:
     dataset, _, folder = rest.partition("/")
     where = f"{owner}/{dataset}" if rest else owner
     try:
-        rows = datasets.load_dataset(where, config, data_dir=folder or None, split=split or "train")
+        inside = {"data_dir": folder} if folder else {}
+        rows = datasets.load_dataset(where, config, split=split or "train", **inside)
         return [dict(row) for row in rows]
     except datasets.exceptions.DatasetNotFoundError as error:
         if "gated" in str(error):
