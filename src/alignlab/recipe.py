@@ -497,18 +497,18 @@ def validate(model: type[M], raw: Mapping[str, Any], source: str) -> M:
     try:
         return model.model_validate(raw)
     except ValidationError as error:
-        lines = [f"{source}: {line}" for line in dict.fromkeys(_explain(error, raw))]
+        lines = [f"{source}: {line}" for line in dict.fromkeys(_explain(error, raw, model))]
         raise UserError("\n".join(lines)) from None
 
 
-def _explain(error: ValidationError, raw: Mapping[str, Any]) -> Iterable[str]:
+def _explain(error: ValidationError, raw: Mapping[str, Any], model: type[BaseModel]) -> Iterable[str]:
     for problem in error.errors(include_url=False):
         if problem["type"] == "too_short" and problem["loc"] == ("stages",) and raw.get("stages"):
             continue  # an echo: the stages are there, but none of them is valid
         where = _readable(problem["loc"], raw)
         if problem["type"] == "extra_forbidden":
-            name, known = str(problem["loc"][-1]), _known_keys(problem["loc"], raw)
-            elsewhere = [section for section, keys in _sections().items() if name in keys]
+            name, known = str(problem["loc"][-1]), _known_keys(problem["loc"], raw, model)
+            elsewhere = [section for section, keys in _sections().items() if name in keys and model is Recipe]
             hint = registry.did_you_mean(name, known) or (
                 f"it belongs into {' or '.join(elsewhere)}" if elsewhere else f"known are {', '.join(sorted(known))}"
             )
@@ -542,7 +542,7 @@ def _sections() -> dict[str, set[str]]:
     return sections
 
 
-def _known_keys(loc: Sequence[int | str], raw: Mapping[str, Any]) -> list[str]:
+def _known_keys(loc: Sequence[int | str], raw: Mapping[str, Any], top: type[BaseModel]) -> list[str]:
     """Valid keys at the place of an unknown one."""
     if "algorithm" in loc:
         at: Any = raw
@@ -550,7 +550,7 @@ def _known_keys(loc: Sequence[int | str], raw: Mapping[str, Any]) -> list[str]:
             at = at[part]
         name = at["name"] if isinstance(at, Mapping) else at
         return list(algorithm_class(name).model_fields)
-    model: type[BaseModel] | None = Recipe
+    model: type[BaseModel] | None = top
     for part in loc[:-1]:
         if part == "stages":
             model = Stage

@@ -27,6 +27,7 @@ def run_study(study: Study, folder: Path, console: Console) -> dict[str, str]:
         f"[bold]{escape(study.name)}[/bold]: {len(study.arms)} methods x {len(study.seeds)} seeds = {cells} runs, "
         f"{len(nodes(study))} jobs, {study.workers} at a time -> {escape(str(folder))}",
         highlight=False,
+        soft_wrap=True,
     )
     started = time.monotonic()
     failed = execute(study, folder, console)
