@@ -164,11 +164,4 @@ def test_resumed_in_another_process(tmp_path: Path) -> None:
         "PYTHONPATH": os.pathsep.join(map(str, (root, root / "src"))),
     }
     subprocess.run([sys.executable, "-c", code, str(tmp_path / "broken")], check=True, env=environment, cwd=tmp_path)
-    assert without_set_order(contents(tmp_path / "broken" / f"phase-{PHASES:06d}")) == without_set_order(expected)
-
-
-def without_set_order(files: dict[str, bytes]) -> dict[str, Any]:
-    """peft keeps `target_modules` as a set and writes it in hash order, which then is in the manifest's sum, too."""
-    config = json.loads(files["policy/adapter_config.json"])
-    sorted_config = {k: sorted(v) if isinstance(v, list) else v for k, v in config.items()}
-    return {**files, "policy/adapter_config.json": sorted_config, "manifest.json": b""}
+    assert contents(tmp_path / "broken" / f"phase-{PHASES:06d}") == expected

@@ -39,6 +39,9 @@ def save_model(model: nn.Module, folder: Path) -> None:
     elif isinstance(model, PeftModel):
         model.save_pretrained(str(folder), save_embedding_layers=False)  # "auto" would ask the hub about the base
         (folder / "README.md").unlink(missing_ok=True)  # peft's model-card template
+        config = read_json(folder / ADAPTER_FILE)  # peft writes sets in hash order, which differs between processes
+        ordered = {k: sorted(v) if isinstance(v, list) else v for k, v in sorted(config.items())}
+        (folder / ADAPTER_FILE).write_text(json.dumps(ordered, indent=1) + "\n", "utf-8")
         base = {"name": model.active_peft_config.base_model_name_or_path, "fingerprint": base_fingerprint(model)}
         (folder / BASE_FILE).write_text(json.dumps(base, indent=1) + "\n", "utf-8")
     else:
