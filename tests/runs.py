@@ -19,6 +19,7 @@ from typing import Any
 from unittest import mock
 
 import torch
+from filelock import FileLock
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from alignlab import cli, starter
@@ -68,11 +69,17 @@ def alignlab(*arguments: str | Path, cwd: Path | None = None) -> Finished:
     return Finished(code, out.getvalue(), err.getvalue())
 
 
+def _heed_ctrl_c() -> None:
+    """A background job's children ignore SIGINT from birth; the command under test must not inherit that."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def start_alignlab(*arguments: str | Path, cwd: Path | None = None, **environment: str) -> subprocess.Popen[str]:
     """`alignlab ARGUMENTS` as a user starts it: the installed script, in a process of its own."""
     return subprocess.Popen(
         [str(SCRIPT), *map(str, arguments)], cwd=cwd, env={**os.environ, **environment}, text=True,
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, stdin=subprocess.DEVNULL,
+        preexec_fn=_heed_ctrl_c,
     )  # fmt: skip
 
 
@@ -98,13 +105,30 @@ def small_model(folder: Path) -> Path:
     return folder
 
 
+def shared_folder() -> Path:
+    """A temporary folder of this test run, the same for all of its workers."""
+    own = Path(os.environ["ALIGNLAB_CACHE"]).parent
+    folder = (own.parent if "PYTEST_XDIST_WORKER" in os.environ else own) / "shared-by-tests"
+    folder.mkdir(exist_ok=True)
+    return folder
+
+
+def debug_cache() -> Path:
+    """Where the runs of `debug_run` keep the stages that they start from."""
+    return shared_folder() / "cache"
+
+
 @functools.cache
 def debug_run(recipe: str, *overrides: str) -> Path:
-    """The folder of a finished `alignlab train RECIPE --debug`, made once by this worker; leave it as it is."""
+    """The folder of a finished `alignlab train RECIPE --debug`, made once a test run; leave it as it is."""
     name = "-".join([Path(recipe).stem, *(part.replace("/", "_") for part in overrides)])
-    folder = Path(os.environ["ALIGNLAB_CACHE"]).parent / "debug-runs" / name
-    result = alignlab("train", RECIPES / recipe, *overrides, "--debug", "--output", folder)
-    assert result.code == 0, result.err
+    folder = shared_folder() / name
+    with FileLock(f"{folder}.lock"):
+        if not Path(f"{folder}.done").exists():
+            with mock.patch.dict(os.environ, {"ALIGNLAB_CACHE": str(debug_cache())}):
+                result = alignlab("train", RECIPES / recipe, *overrides, "--debug", "--output", folder)
+            assert result.code == 0, result.err
+            Path(f"{folder}.done").touch()
     return folder
 
 

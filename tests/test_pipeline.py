@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import signal
 import time
@@ -38,6 +37,7 @@ from alignlab.types import Pair, Row
 from tests.runs import (
     RECIPES,
     alignlab,
+    debug_cache,
     debug_run,
     files_of,
     rows,
@@ -386,7 +386,7 @@ def test_a_reward_model_is_normalised_on_the_answers_of_its_start() -> None:
     folder = debug_run("starter/reward_model.yaml")
     stage = load_recipe(folder / "recipe.yaml", debug=True).stages[0]
     start = next(
-        p.parent for p in Path(os.environ["ALIGNLAB_CACHE"]).glob("starter-sft-*/stage.json")
+        p.parent for p in debug_cache().glob("starter-sft-*/stage.json")
         if strict_json(p.read_text("utf-8"))["key"] == record(folder, "provenance")["start"]
     )  # fmt: skip
     prompts, scores = reference_scores(stage, folder / "reward_model", start / "policy")

@@ -20,7 +20,7 @@ from alignlab.models import AdapterOff
 from alignlab.pipeline import stage as stages
 from alignlab.recipe import load_recipe, read_mapping
 from alignlab.study.plan import load_study
-from tests.runs import RECIPES, alignlab, debug_run, rows, run_alignlab, strict_json, write_rows
+from tests.runs import RECIPES, alignlab, debug_cache, debug_run, rows, run_alignlab, strict_json, write_rows
 from tests.tolerances import FLOAT32
 
 SINGLE = ("sft", "reward_model", "dpo", "ppo", "grpo")
@@ -160,13 +160,13 @@ def test_a_pipeline_leaves_a_folder_for_every_stage() -> None:
         assert read.stages[0].algorithm.name == stage  # type: ignore[attr-defined]
 
 
-def test_the_start_of_several_recipes_is_trained_once(cache: Path) -> None:
+def test_the_start_of_several_recipes_is_trained_once() -> None:
     """dpo, reward_model, ppo and grpo start from sft.yaml: their provenance names one hash, and one folder has it."""
     starts = {
         json.loads((debug_run(f"starter/{n}.yaml") / "provenance.json").read_text("utf-8"))["start"] for n in SINGLE[1:]
     }
     (start,) = starts
-    (folder,) = [p for p in cache.glob("starter-sft-*") if p.is_dir()]
+    (folder,) = [p for p in debug_cache().glob("starter-sft-*") if p.is_dir()]
     assert start.startswith(folder.name.removeprefix("starter-sft-"))
     assert json.loads((folder / "stage.json").read_text("utf-8"))["key"] == start
 
