@@ -102,6 +102,8 @@ class Rollout:
     """Weighted sum of `breakdown`; NaN where every reward function declined to judge."""
     breakdown: Mapping[str, float]
     """Reward name -> its unweighted value, for those that gave one."""
+    token_scores: tuple[float, ...] | None = None
+    """What each token of the completion earned, where a reward says so; `reward` is their sum and what else applies."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -129,6 +131,8 @@ class Batch:
     returns: Tensor | None = None  # (B, T)
     old_values: Tensor | None = None  # (B, T)
     margin: Tensor | None = None  # (B,) preference margin of the row's pair
+    labels: Tensor | None = None  # (B,) bool, True = a desirable completion (unpaired feedback)
+    reference_point: Tensor | None = None  # (B,) what an unpaired completion's log ratio is compared with (KTO's z0)
 
     def __len__(self) -> int:
         return self.input_ids.shape[0]
@@ -190,8 +194,9 @@ class Role:
     """Gradient norm above which the role's gradient is scaled down."""
     start_step: int = 0
     """First optimiser step (of the whole run) that updates it: critic warm-up = the policy's start step."""
-    backbone: Literal["own", "shared"] = "own"
-    """Of a scalar role: its own copy of the starting policy's trunk, or the policy's trunk itself."""
+    backbone: Literal["own", "shared", "reward_model"] = "own"
+    """Of a scalar role: its own copy of the starting policy's trunk, the policy's trunk itself, or an adapter on the
+    reward model's trunk."""
 
     @property
     def trained(self) -> bool:
@@ -228,3 +233,9 @@ class LoopState:
     """The ledger: prompts, completions, generated tokens, trained tokens, seconds so far."""
     stop_reason: str = ""
     """Set once when a method stopped the run early."""
+    scaler: Mapping[str, float] = field(default_factory=dict)
+    """The loss scale of float16 training and how long it has held; empty in every other type."""
+    diagnosis: Mapping[str, float] = field(default_factory=dict)
+    """What the diagnosis remembers of earlier phases: the entropy and length at the start, ..."""
+    best: Mapping[str, float] = field(default_factory=dict)
+    """Phase and figures of the best checkpoint so far, where the run keeps one."""

@@ -10,11 +10,12 @@ from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Protocol
 
 import torch
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, model_validator
 from torch import Tensor
 
 from alignlab.functional.masked import aggregate, masked_mean
 from alignlab.models import Model, unwrap
+from alignlab.registry import did_you_mean
 from alignlab.rollout import Source
 from alignlab.types import Batch, Directive, LoopState, LossOutput, Phase, Role
 
@@ -23,9 +24,39 @@ Models = Mapping[str, Any]
 
 
 class Hyperparameters(BaseModel):
-    """Closed and frozen: an unknown key is an error, and nothing changes a method's numbers after it was read."""
+    """Closed and frozen: an unknown key is an error, and nothing changes a method's numbers after it was read.
+
+    `variant` and `preset` are rows of tables beside the method: what a key is where the recipe does not say it. A
+    variant goes over a preset, and what the recipe says goes over both.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True)
+
+    VARIANTS: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
+    """Named combinations of the method's choices, by the name their paper gave them."""
+    PRESETS: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
+    """The defaults of other libraries (`trl`, `verl`, `openrlhf`) and of the paper."""
+
+    variant: str | None = None
+    """A named combination of the choices below."""
+    preset: str | None = None
+    """Whose defaults hold for what the recipe does not say: trl, verl, openrlhf, paper; null = those given here."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_tables(cls, given: Any) -> Any:
+        if not isinstance(given, Mapping):
+            return given
+        below: dict[str, Any] = {}
+        for key, table in (("preset", cls.PRESETS), ("variant", cls.VARIANTS)):
+            name = given.get(key)
+            if name is None:
+                continue
+            if name not in table:
+                known = f"there are: {', '.join(table)}" if table else "this method has none"
+                raise ValueError("; ".join(filter(None, (f"no {key} {name!r}", did_you_mean(str(name), table), known))))
+            below |= table[name]
+        return {**below, **given}
 
 
 class Algorithm(Protocol):
@@ -52,6 +83,18 @@ class Algorithm(Protocol):
 
     def observe(self, state: LoopState, metrics: Mapping[str, float]) -> tuple[LoopState, Directive]:
         """Pure reaction to an optimiser step: go on, end the phase, stop, or change a learning rate."""
+        ...
+
+    def formula(self) -> tuple[str, ...]:
+        """The loss as assignments over named inputs, every number filled in; the last one is `loss = ...`.
+
+        Python's syntax, evaluated by the tests with NumPy and compared with the executed loss. Per-token inputs are
+        (B, T): `logprobs`, `old_logprobs`, `reference_logprobs`, `entropy`, `advantages`, `values`, `old_values`,
+        `returns`, `mask` (0 or 1); per row (B,): `tokens` (of the row), `margin`, `labels`, `reference_point`; of the
+        whole step: `rows`, `pairs`, `completion_tokens`, `max_completion_tokens`. Pairs come as `chosen` and `rejected`
+        (B,), each summed over its tokens. Functions: exp, log, clip, maximum, minimum, where, sum, sigmoid,
+        log_sigmoid, sqrt, stop_gradient.
+        """
         ...
 
 
