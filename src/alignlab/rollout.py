@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from numbers import Real
-from typing import TypeVar
+from typing import NamedTuple, TypeVar, cast
 
 import numpy as np
 import torch
@@ -25,7 +25,10 @@ from alignlab.models import Model
 from alignlab.types import Batch, Completion, Example, Group, LoopState, Pair, Prompt, Rollout, Row
 
 T = TypeVar("T")
-RewardFunction = Callable[[Sequence[Prompt], Sequence[Completion]], Sequence[float | None]]
+SEED_STRIDE = 1_000_003
+"""Between the seeds of two attempts of one phase."""
+RewardFunction = Callable[[Sequence[Prompt], Sequence[Completion]], Sequence[float | Sequence[float] | None]]
+"""One value a completion: a number, None for "no reward", or one number for each of its tokens, stop token included."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,22 +42,36 @@ class Reward:
     """Only prompts of these tasks; empty = all."""
 
 
-def combine(
-    rewards: Sequence[Reward], prompts: Sequence[Prompt], completions: Sequence[Completion]
-) -> list[tuple[float, dict[str, float]]]:
-    """(reward, breakdown) of every completion: the weighted sum of the components that apply, NaN if none does.
+class Judged(NamedTuple):
+    """What the rewards make of one completion."""
+
+    reward: float
+    """Weighted sum of the components that apply; NaN if none does."""
+    breakdown: dict[str, float]
+    """Component -> its unweighted value; of one that scores tokens, their sum."""
+    token_scores: tuple[float, ...] | None
+    """Weighted sum, token by token, of the components that score tokens; None if none does."""
+
+
+def combine(rewards: Sequence[Reward], prompts: Sequence[Prompt], completions: Sequence[Completion]) -> list[Judged]:
+    """Every completion judged by the components that apply to it.
 
     Raises:
         UserError: a function raised, or gave the wrong number of values, or something that is neither a finite number
-            nor None, or no function judged any completion; names the function and the sample. A broken grader must not
-            look like a bad model.
+            (or one a token) nor None, or no function judged any completion; names the function and the sample. A broken
+            grader must not look like a bad model.
     """
     totals = [0.0 for _ in prompts]
     breakdowns: list[dict[str, float]] = [{} for _ in prompts]
+    by_token: list[np.ndarray | None] = [None for _ in prompts]
     for reward in rewards:
         here = [i for i, prompt in enumerate(prompts) if not reward.tasks or prompt.task in reward.tasks]
         values = _values(reward, [prompts[i] for i in here], [completions[i] for i in here])
         for i, value in zip(here, values, strict=True):
+            if isinstance(value, np.ndarray):
+                before = by_token[i]
+                by_token[i] = reward.weight * value if before is None else before + reward.weight * value
+                value = float(value.sum())
             if value is not None:
                 totals[i] += reward.weight * value
                 breakdowns[i][reward.name] = value
@@ -64,11 +81,16 @@ def combine(
             f"reward: no function ({names}) judged any of {len(prompts)} completions, the first being "
             f"{_sample(prompts[0], completions[0])} of task {prompts[0].task!r}; see `tasks` and what the data hold"
         )
-    return [(total if b else math.nan, b) for total, b in zip(totals, breakdowns, strict=True)]
+    return [
+        Judged(total if b else math.nan, b, None if tokens is None else tuple(tokens.tolist()))
+        for total, b, tokens in zip(totals, breakdowns, by_token, strict=True)
+    ]
 
 
-def _values(reward: Reward, prompts: Sequence[Prompt], completions: Sequence[Completion]) -> list[float | None]:
-    """What one function says about the completions it is responsible for."""
+def _values(
+    reward: Reward, prompts: Sequence[Prompt], completions: Sequence[Completion]
+) -> list[float | np.ndarray | None]:
+    """What one function says about the completions it is responsible for; an array where it scores tokens."""
     if not prompts:
         return []
     try:
@@ -83,13 +105,30 @@ def _values(reward: Reward, prompts: Sequence[Prompt], completions: Sequence[Com
             f"reward {reward.name!r} returned {given} for {len(prompts)} completions, the first being "
             f"{_sample(prompts[0], completions[0])}; a list with one float or None for each is needed"
         )
-    for value, prompt, completion in zip(values, prompts, completions, strict=True):
-        if value is not None and (isinstance(value, bool) or not isinstance(value, Real) or not math.isfinite(value)):
+    return [_checked(reward, *one) for one in zip(values, prompts, completions, strict=True)]
+
+
+def _checked(reward: Reward, value: object, prompt: Prompt, completion: Completion) -> float | np.ndarray | None:
+    """A function's value as it is counted."""
+    if value is None:
+        return None
+    if isinstance(value, list | tuple | np.ndarray):
+        if len(value) != len(completion.token_ids):
             raise UserError(
-                f"reward {reward.name!r} returned {value!r} for {_sample(prompt, completion)}; "
-                "a finite float or None is needed"
+                f"reward {reward.name!r} returned {len(value)} token scores for {_sample(prompt, completion)}, which "
+                f"has {len(completion.token_ids)} tokens; one finite float for each is needed"
             )
-    return [None if value is None else float(value) for value in values]
+        if all(_is_number(x) for x in value):
+            return np.array([float(x) for x in value])
+    elif _is_number(value):
+        return float(cast(Real, value))
+    raise UserError(
+        f"reward {reward.name!r} returned {value!r} for {_sample(prompt, completion)}; a finite float or None is needed"
+    )
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _culprit(reward: Reward, prompts: Sequence[Prompt], completions: Sequence[Completion]) -> str:
@@ -169,8 +208,12 @@ class Source:
 
     # ---- online ------------------------------------------------------------------------------------------------------
 
-    def rollouts(self, policy: Model, num_prompts: int, group_size: int, state: LoopState) -> tuple[Group, ...]:
+    def rollouts(
+        self, policy: Model, num_prompts: int, group_size: int, state: LoopState, *, attempt: int = 0
+    ) -> tuple[Group, ...]:
         """Draws the phase's prompts, samples a group of completions for each, and scores them.
+
+        Every `attempt` of a phase draws prompts in another order and other completions.
 
         Raises:
             UserError: sampling is not from the policy itself (top-k, top-p, ...), so no ratio would be right; or the
@@ -178,17 +221,18 @@ class Source:
         """
         if not self.sampling.on_policy:
             raise UserError(f"training samples from the policy itself: leave out greedy and filters ({self.sampling})")
-        prompts = [self.prompts[i] for i in take(len(self.prompts), num_prompts, state.seed, state.phase)]
+        seed = state.seed + SEED_STRIDE * attempt
+        prompts = [self.prompts[i] for i in take(len(self.prompts), num_prompts, seed, state.phase)]
         prompt_ids = [self.template.encode_prompt(prompt) for prompt in prompts]
         sampled = sample_prompts(
             policy, prompts, prompt_ids, self.template, self.sampling, num_samples=group_size,
-            seed=state.seed, phase=state.phase, max_rows=self.limits.sampling_rows,
+            seed=seed, phase=state.phase, max_rows=self.limits.sampling_rows,
         )  # fmt: skip
         flat = [(p, ids, c) for p, ids, siblings in zip(prompts, prompt_ids, sampled, strict=True) for c in siblings]
         scored = combine(self.rewards, [p for p, _, _ in flat], [c for _, _, c in flat])
         rollouts = [
-            Rollout(prompt=prompt, prompt_ids=ids, completion=completion, reward=reward, breakdown=breakdown)
-            for (prompt, ids, completion), (reward, breakdown) in zip(flat, scored, strict=True)
+            Rollout(prompt=prompt, prompt_ids=ids, completion=completion, **judged._asdict())
+            for (prompt, ids, completion), judged in zip(flat, scored, strict=True)
         ]
         return tuple(Group(rollouts=tuple(rollouts[i : i + group_size])) for i in range(0, len(rollouts), group_size))
 
@@ -261,6 +305,30 @@ def reward_tensor(groups: Sequence[Group], like: Tensor) -> Tensor:
     return torch.tensor([r.reward for g in groups for r in g.rollouts], dtype=like.dtype, device=like.device)
 
 
+def component_tensor(groups: Sequence[Group], rewards: Sequence[Reward], like: Tensor) -> tuple[Tensor, Tensor]:
+    """(C, N) unweighted values of every component in group order, NaN where it did not apply; (C,) their weights.
+
+    A name that stands twice, with other weights for other tasks, counts once, its values already weighted.
+    """
+    rollouts = [r for g in groups for r in g.rollouts]
+    names = list(dict.fromkeys(reward.name for reward in rewards))
+    weights: dict[str, float] = {}
+    rows = []
+    for name in names:
+        given = [reward for reward in rewards if reward.name == name]
+        same = len({reward.weight for reward in given}) == 1
+        weights[name] = given[0].weight if same else 1.0
+        by_task = {task: reward.weight for reward in given for task in reward.tasks}
+        factor = [1.0 if same else by_task.get(r.prompt.task, 0.0) for r in rollouts]
+        rows.append([f * r.breakdown.get(name, math.nan) for f, r in zip(factor, rollouts, strict=True)])
+    return torch.tensor(rows).to(like), torch.tensor([weights[name] for name in names]).to(like)
+
+
+def is_constant(group: Group) -> bool:
+    """Whether all of a group that was judged earned the same, so that it does not say which completion is better."""
+    return len({r.reward for r in group.rollouts if not math.isnan(r.reward)}) <= 1
+
+
 def stopped_tensor(groups: Sequence[Group], like: Tensor) -> Tensor:
     """(N,) bool: the completion ended with a stop token rather than at the length limit."""
     flags = [r.completion.finish_reason == "stop" for g in groups for r in g.rollouts]
@@ -283,8 +351,7 @@ def rollout_metrics(groups: Sequence[Group]) -> dict[str, float]:
         "ledger/generated_tokens": float(lengths.sum()),
     }
     if any(len(g.rollouts) > 1 for g in groups):
-        given = [{r.reward for r in g.rollouts if not math.isnan(r.reward)} for g in groups]
-        metrics["group/constant_fraction"] = float(np.mean([len(different) <= 1 for different in given]))
+        metrics["group/constant_fraction"] = float(np.mean([is_constant(group) for group in groups]))
     for name in sorted({k for r in rollouts for k in r.breakdown}):
         metrics[f"reward/{name}"] = float(np.mean([r.breakdown[name] for r in rollouts if name in r.breakdown]))
     return metrics

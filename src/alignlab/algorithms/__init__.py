@@ -91,9 +91,10 @@ class Algorithm(Protocol):
         Python's syntax, evaluated by the tests with NumPy and compared with the executed loss. Per-token inputs are
         (B, T): `logprobs`, `old_logprobs`, `reference_logprobs`, `entropy`, `advantages`, `values`, `old_values`,
         `returns`, `mask` (0 or 1); per row (B,): `tokens` (of the row), `margin`, `labels`, `reference_point`; of the
-        whole step: `rows`, `pairs`, `completion_tokens`, `max_completion_tokens`. Pairs come as `chosen` and `rejected`
-        (B,), each summed over its tokens. Functions: exp, log, clip, maximum, minimum, where, sum, sigmoid,
-        log_sigmoid, sqrt, stop_gradient.
+        whole step: `rows`, `pairs`, `completion_tokens`, `max_completion_tokens`, `kl_coef` where a controller moves
+        it. Pairs come as `chosen`, `rejected`, `reference_chosen`, `reference_rejected` (B,), each summed over its
+        tokens, and `chosen_tokens`, `rejected_tokens`. Functions: abs, exp, log, log1mexp, clip, maximum, minimum,
+        where, sum, row_mean (over a row's completion tokens, (B, 1)), sigmoid, log_sigmoid, sqrt, stop_gradient.
         """
         ...
 

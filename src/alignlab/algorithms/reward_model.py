@@ -1,13 +1,14 @@
 """Bradley-Terry reward model (arXiv:2203.02155): pairs -> two scalar scores -> logistic loss of their difference.
 
 L = mean over pairs of -log sigmoid(r_chosen - r_rejected - margin) + c (r_chosen + r_rejected)^2, the score read at the
-last token by the attention mask. The sign pushes the chosen score above the rejected one.
+last token by the attention mask. The sign pushes the chosen score above the rejected one. With label smoothing e the
+first term is (1 - e) of that and e of the same with the pair turned round.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 from pydantic import Field
 
@@ -25,6 +26,14 @@ class RewardModel(Hyperparameters):
     dropout: ClassVar[bool] = False
     data_kind: ClassVar[str] = "pairs"
 
+    PRESETS: ClassVar[Mapping[str, Mapping[str, Any]]] = {
+        "trl": {"learning_rate": 1e-4, "pairs_per_step": 8, "use_margin": True, "centering_coef": 0.0},
+        "openrlhf": {"learning_rate": 9e-6, "pairs_per_step": 128, "use_margin": False, "centering_coef": 0.0},
+        "paper": {"learning_rate": 9e-6, "pairs_per_step": 64, "use_margin": False, "centering_coef": 0.0},
+    }
+    """trl's RewardConfig (which takes margins wherever the data has them), OpenRLHF's train_rm, arXiv:2203.02155 app. C
+    (its 64 are prompts, each with all pairs of 4 to 9 answers)."""
+
     name: Literal["reward_model"] = "reward_model"
     learning_rate: float = Field(1e-4, gt=0)
     """Peak learning rate of AdamW (document 001 and trl: 1e-4)."""
@@ -35,7 +44,9 @@ class RewardModel(Hyperparameters):
     use_margin: bool = False
     """Subtract each pair's own margin (its score difference) where the data has one (arXiv:2307.09288)."""
     centering_coef: float = Field(0.01, ge=0)
-    """Weight of (r_chosen + r_rejected)^2, which keeps scores around zero (arXiv:2312.09244)."""
+    """Weight of (r_chosen + r_rejected)^2, which keeps scores around zero (c, arXiv:2312.09244)."""
+    label_smoothing: float = Field(0.0, ge=0, lt=0.5)
+    """Share of pairs assumed to be labelled the wrong way round (e; arXiv:2401.06080 uses it for reward models)."""
 
     def models(self) -> Mapping[str, Role]:
         return {"reward_model": Role(learning_rate=self.learning_rate, max_grad_norm=self.max_grad_norm)}
@@ -47,7 +58,10 @@ class RewardModel(Hyperparameters):
     def loss(self, models: Models, batch: Batch, state: LoopState) -> LossOutput:
         chosen, rejected = rewards(models["reward_model"], batch).chunk(2)
         margin = batch.margin.chunk(2)[0] if self.use_margin and batch.margin is not None else None
-        terms = bradley_terry_loss(chosen, rejected, margin=margin, centering_coef=self.centering_coef)
+        terms = bradley_terry_loss(
+            chosen, rejected,
+            margin=margin, centering_coef=self.centering_coef, label_smoothing=self.label_smoothing,
+        )  # fmt: skip
         pairs = float(len(chosen))
         right = (chosen > rejected).float() + 0.5 * (chosen == rejected).float()
         return LossOutput(
@@ -61,6 +75,16 @@ class RewardModel(Hyperparameters):
 
     def observe(self, state: LoopState, metrics: Mapping[str, float]) -> tuple[LoopState, Directive]:
         return state, Directive()
+
+    def formula(self) -> tuple[str, ...]:
+        """The loss over `chosen` and `rejected`, here the (B,) raw scores of a pair's two completions."""
+        margin = " - margin" if self.use_margin else ""
+        term = f"term = -log_sigmoid(chosen - rejected{margin})"
+        if smoothing := self.label_smoothing:
+            reverse = f"log_sigmoid(rejected - chosen{margin})"
+            term = f"term = -{1 - smoothing!r} * log_sigmoid(chosen - rejected{margin}) - {smoothing!r} * {reverse}"
+        centering = (f"term = term + {self.centering_coef!r} * (chosen + rejected)**2",) if self.centering_coef else ()
+        return term, *centering, "loss = sum(term) / pairs"
 
 
 ALGORITHM = RewardModel

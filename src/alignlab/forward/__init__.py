@@ -75,6 +75,13 @@ def rewards(reward_model: ScalarModel, batch: Batch) -> Tensor:
     return (_at_last(reward_model, batch) - reward_model.shift) / reward_model.scale
 
 
+def prefix_rewards(reward_model: ScalarModel, batch: Batch) -> Tensor:
+    """Normalised scores of the prompt and the completion up to, not including, each completion token; (B, T), 0
+    elsewhere. Of a model that was trained on whole completions, so it extrapolates."""
+    raw = values(reward_model, batch)
+    return torch.where(batch.completion_mask, (raw - reward_model.shift) / reward_model.scale, 0.0)
+
+
 def _at_last(model: ScalarModel, batch: Batch) -> Tensor:
     columns = torch.arange(batch.attention_mask.shape[1], device=batch.attention_mask.device)
     last = (batch.attention_mask * columns).argmax(-1)

@@ -38,7 +38,11 @@ def _grouped(rewards: Tensor, group_size: int, caller: str) -> _Groups:
 
 
 def group_advantages(
-    rewards: Tensor, group_size: int, scale: Literal["group", "batch", "none"] = "group", eps: float = 1e-4
+    rewards: Tensor,
+    group_size: int,
+    scale: Literal["group", "batch", "none"] = "group",
+    eps: float = 1e-4,
+    baseline: Literal["group", "leave_one_out"] = "group",
 ) -> Tensor:
     """(reward - mean of its group) / (std + eps): GRPO's advantage, arXiv:2402.03300 eq. 4.
 
@@ -50,24 +54,28 @@ def group_advantages(
             prompts included (as TRL has it; arXiv:2508.08221 argues for it); `none`: nothing (Dr. GRPO,
             arXiv:2503.20783). A std is that of a sample (n - 1).
         eps: added to the std.
+        baseline: what is subtracted: the mean of the whole group, or of a completion's siblings (`leave_one_out`,
+            arXiv:2402.14740), which is G / (G - 1) times the same.
 
     Returns:
         (N,). A group of equal rewards gives exactly 0: it says nothing about which completion is better.
 
     Raises:
-        ValueError: an unknown scale, a group_size that does not fit, an infinite reward.
+        ValueError: an unknown scale or baseline, a group_size that does not fit, an infinite reward.
     """
     groups = _grouped(rewards, group_size, "group_advantages")
+    if baseline not in ("group", "leave_one_out"):
+        raise ValueError(f"group_advantages: unknown baseline {baseline!r}; choose group or leave_one_out")
+    others = (groups.present - 1).clamp(min=1)
+    above = groups.centred * groups.present / others if baseline == "leave_one_out" else groups.centred
     match scale:
         case "group":
-            variance = groups.centred.square().sum(1, keepdim=True) / (groups.present - 1).clamp(min=1)
-            return (groups.centred / (variance.sqrt() + eps)).flatten()
+            variance = groups.centred.square().sum(1, keepdim=True) / others
+            return (above / (variance.sqrt() + eps)).flatten()
         case "batch":
-            given = rewards[~rewards.isnan()].to(groups.centred.dtype)
-            spread = given.std() if len(given) > 1 else given.new_zeros(())
-            return (groups.centred / (spread + eps)).flatten()
+            return (above / (_spread(rewards.to(above.dtype)) + eps)).flatten()
         case "none":
-            return groups.centred.flatten()
+            return above.flatten()
         case _:
             raise ValueError(f"group_advantages: unknown scale {scale!r}; choose group, batch or none")
 
@@ -85,8 +93,71 @@ def leave_one_out(rewards: Tensor, group_size: int) -> Tensor:
     Raises:
         ValueError: a group_size that does not fit, an infinite reward.
     """
-    groups = _grouped(rewards, group_size, "leave_one_out")
-    return (groups.centred * groups.present / (groups.present - 1).clamp(min=1)).flatten()
+    return group_advantages(rewards, group_size, scale="none", baseline="leave_one_out")
+
+
+def running_advantages(
+    rewards: Tensor, running_mean: float, scale: Literal["batch", "none"] = "none", eps: float = 1e-4
+) -> Tensor:
+    """The reward minus a mean of earlier rewards: REINFORCE with a running baseline (Williams 1992).
+
+    Args:
+        rewards: (N,); NaN stands for "no reward" and has advantage 0.
+        running_mean: of rewards before these, on which they must not depend, or the gradient is biased.
+        scale: what divides: the std of these rewards (n - 1), or nothing. A group's std is not offered: it is 0 where
+            siblings agree, while their distance from the baseline is not.
+
+    Returns:
+        (N,). Unlike with siblings as baseline, a group of equal rewards does count here.
+
+    Raises:
+        ValueError: an unknown scale, an infinite reward.
+    """
+    if rewards.isinf().any():
+        raise ValueError("running_advantages: a reward is infinite; clip it, or give NaN")
+    if scale not in ("batch", "none"):
+        raise ValueError(f"running_advantages: unknown scale {scale!r}; choose batch or none")
+    above = (rewards - running_mean).nan_to_num(nan=0.0)
+    return above / (_spread(rewards) + eps) if scale == "batch" else above
+
+
+def component_advantages(components: Tensor, weights: Tensor, group_size: int, eps: float = 1e-4) -> Tensor:
+    """Each reward component normalised within its groups, then summed, then normalised over the batch: GDPO,
+    arXiv:2601.05242.
+
+    Summed first, components of unlike scales drown each other, and different mixtures of them become equal advantages.
+
+    Args:
+        components: (C, N), each row one component in group order; NaN where it does not apply.
+        weights: (C,).
+        group_size: completions of one prompt, >= 2.
+        eps: added to every std.
+
+    Returns:
+        (N,), mean 0 and std 1 over the completions that any component judged; 0 for the others, and everywhere where
+        all groups agree in all components.
+
+    Raises:
+        ValueError: shapes that do not fit, an infinite reward.
+    """
+    if components.dim() != 2 or weights.shape != components.shape[:1]:
+        raise ValueError(
+            f"component_advantages: components must be (C, N) and weights (C,); got {tuple(components.shape)} and "
+            f"{tuple(weights.shape)}"
+        )
+    each = torch.stack([group_advantages(component, group_size, eps=eps) for component in components])
+    total = (weights[:, None] * each).sum(0)
+    judged = ~components.isnan().all(0)
+    spread = _spread(total[judged])
+    if not spread > 0:
+        return torch.zeros_like(total)
+    return keep((total - total[judged].mean()) / (spread + eps), judged)
+
+
+def _spread(rewards: Tensor) -> Tensor:
+    """The std (n - 1) of those that are not NaN; 0 for a single one."""
+    given = rewards[~rewards.isnan()]
+    return given.std() if len(given) > 1 else rewards.new_zeros(())
 
 
 def gae(
@@ -139,3 +210,17 @@ def gae(
         next_advantage = torch.where(here, advantage, next_advantage)
     advantages = torch.stack(columns[::-1], 1) if columns else torch.zeros_like(values)
     return advantages, advantages + values
+
+
+def potential_shaping(potentials: Tensor, mask: Tensor, gamma: float) -> Tensor:
+    """gamma * Phi(next state) - Phi(state) for each token: shaping that keeps the optimum (Ng et al. 1999).
+
+    Args:
+        potentials: (B, T), Phi of the state in which token t was chosen, e.g. a reward model's score of the prefix.
+        mask: (B, T); "next" is the next token under it, as in `gae`. Phi of the end is 0.
+        gamma: discount of one token; the same as in the returns, or the optimum moves.
+
+    Returns:
+        (B, T), 0 outside the mask. With gamma 1 a row sums to -Phi of its first state, whatever the tokens are.
+    """
+    return gae(torch.zeros_like(potentials), potentials, mask, gamma=gamma, gae_lambda=0.0)[0]

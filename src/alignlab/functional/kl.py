@@ -7,6 +7,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from alignlab.functional.masked import keep
+
 K3_MIN_LOG_RATIO = -20.0
 """Below this log-ratio k3 stays what it is there (4.9e8) and pulls no more: e^-d would overflow next."""
 
@@ -41,3 +43,20 @@ def kl_estimate(logprobs: Tensor, reference_logprobs: Tensor, kind: Literal["k1"
             return torch.expm1(-bounded) + bounded
         case _:
             raise ValueError(f"kl_estimate: unknown kind {kind!r}; choose k1, k2 or k3")
+
+
+def above_threshold(kl: Tensor, mask: Tensor, threshold: float) -> Tensor:
+    """A hinge on each completion's mean KL: kl_t - threshold in rows whose mean is above it, 0 in all others.
+
+    Summed over a row of N tokens that is N * max(0, mean KL - threshold): a policy within the threshold pays nothing.
+
+    Args:
+        kl: (B, T) per-token estimates in nats.
+        mask: (B, T).
+        threshold: nats a token, >= 0.
+
+    Returns:
+        (B, T), 0 outside the mask.
+    """
+    means = keep(kl, mask).sum(-1, keepdim=True) / mask.sum(-1, keepdim=True).clamp(min=1)
+    return keep(kl - threshold, mask & (means > threshold))

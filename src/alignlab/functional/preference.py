@@ -66,6 +66,7 @@ def bradley_terry_loss(
     *,
     margin: Tensor | float | None = None,
     centering_coef: float = 0.0,
+    label_smoothing: float = 0.0,
 ) -> Tensor:
     """-log sigmoid(chosen - rejected - margin) + c * (chosen + rejected)^2, to be minimised: chosen should win.
 
@@ -76,22 +77,28 @@ def bradley_terry_loss(
         chosen_reward, rejected_reward: (B,) scores.
         margin: by how much chosen should win, (B,) or one number; None for 0.
         centering_coef: c, >= 0; .01 is usual.
+        label_smoothing: e, the share of pairs thought to be labelled the wrong way round, in [0, .5): the loss is then
+            its expectation, 1 - e times that of the pair and e times that of the pair turned round.
 
     Returns:
         (B,).
 
     Raises:
-        ValueError: a negative centering_coef, shapes that differ.
+        ValueError: a negative centering_coef, a label_smoothing out of range, shapes that differ.
     """
     if not centering_coef >= 0:
         raise ValueError(f"bradley_terry_loss: centering_coef must be >= 0; got {centering_coef}")
+    if not 0 <= label_smoothing < 0.5:
+        raise ValueError(f"bradley_terry_loss: label_smoothing must lie in [0, 0.5); got {label_smoothing}")
     _check_same_shape("bradley_terry_loss", chosen_reward, rejected_reward)
     difference = chosen_reward - rejected_reward
     if isinstance(margin, Tensor):
         _check_same_shape("bradley_terry_loss", difference, margin)
-    if margin is not None:
-        difference = difference - margin
-    return -F.logsigmoid(difference) + centering_coef * (chosen_reward + rejected_reward).square()
+    margin = 0.0 if margin is None else margin
+    loss = -F.logsigmoid(difference - margin)
+    if label_smoothing:
+        loss = (1 - label_smoothing) * loss - label_smoothing * F.logsigmoid(-(difference + margin))
+    return loss + centering_coef * (chosen_reward + rejected_reward).square()
 
 
 def _check_same_shape(caller: str, *tensors: Tensor) -> None:
