@@ -12,7 +12,7 @@ READY := .venv/.alignlab-setup
 READY_ALL := .venv/.alignlab-setup-all
 UNFINISHED := .venv/.alignlab-unfinished
 DEV := dev,tracking
-ALL := $(DEV),quant
+ALL := $(DEV),quant,conformance
 
 .PHONY: help setup demo test test-all lint types starter constraints clean
 

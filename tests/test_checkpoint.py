@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors import safe_open
+from safetensors.torch import load_file
 
 from alignlab import checkpoint
 from alignlab.algorithms.ppo import PPO
@@ -34,6 +35,7 @@ STATE = LoopState(
     learning_rate_factor={"policy": 1 / 3},
     counters={"trained_tokens": 1e15 + 1},
     stop_reason="",
+    scaler={"scale": 2.0**-3, "good_steps": 1999.0, "skipped_steps": 19.0},
 )
 
 
@@ -84,7 +86,7 @@ def tensors_of(run: Run) -> dict[str, torch.Tensor]:
         f"{role}.{i}.{k}": v
         for role, optimizer in run.optimizers.items()
         for i, p in enumerate(p for g in optimizer.param_groups for p in g["params"])
-        for k, v in optimizer.state[p].items()
+        for k, v in {**optimizer.state[p], "stepped": p.detach()}.items()
     }
     return weights | states
 
@@ -117,6 +119,26 @@ def test_everything_comes_back_bit_for_bit(algorithm: Any, options: dict[str, An
     for role, optimizer in run.optimizers.items():
         ours, theirs = optimizer.state_dict()["param_groups"], fresh.optimizers[role].state_dict()["param_groups"]
         assert ours == theirs and all(type(g["betas"]) is tuple for g in theirs)
+
+
+def test_masters_are_part_of_it(tmp_path: Path) -> None:
+    """They hold what their weights in bfloat16 cannot, and a resume does not take the rounded weights for them."""
+    run = start_run(SFT(examples_per_step=4, learning_rate=1e-4), dtype=torch.bfloat16)
+    run.go(2)
+    folder = save(run, tmp_path)
+    stored = load_file(folder / "optimizer.policy.safetensors")
+    assert sum(name.endswith(".master") for name in stored) == len(run.optimizers["policy"].masters) > 20
+    fresh = start_run(SFT(examples_per_step=4, learning_rate=1e-4), dtype=torch.bfloat16, start=1)
+    load(fresh, folder)
+    pairs = list(zip(run.optimizers["policy"].masters, fresh.optimizers["policy"].masters, strict=True))
+    for (master, weight), (same_master, same_weight) in pairs:
+        assert torch.equal(master, same_master) and torch.equal(weight, same_weight)
+        assert torch.equal(master.to(torch.bfloat16), weight)
+    assert any(not torch.equal(master, weight.float()) for (master, weight), _ in pairs)
+    assert not any(
+        name.endswith(".master")
+        for name in load_file(save(sft_run(), tmp_path / "full") / "optimizer.policy.safetensors")
+    )
 
 
 def test_a_role_that_has_not_started_has_an_empty_optimiser(tmp_path: Path) -> None:

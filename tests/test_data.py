@@ -33,7 +33,7 @@ from alignlab.data import (
     take,
 )
 from alignlab.errors import UserError
-from alignlab.types import Message, Pair, Prompt, Row
+from alignlab.types import Labelled, Message, Pair, Prompt, Row
 
 Write = Callable[[str, Any], str]
 
@@ -362,6 +362,63 @@ def test_pairs_in_every_format(tmp_path: Path, case: str) -> None:
     assert turns(asked) == expected
 
 
+LABELLED: dict[str, dict[str, Any]] = {
+    "trl": {"prompt": "q", "completion": "a", "label": True},
+    "trl's conversations": {"prompt": [USER], "completion": [ANSWER], "label": True},
+    "question and answer": {"question": "q", "answer": "a", "label": 1},
+    "messages": {"messages": [USER, ANSWER], "label": "true"},
+    "sharegpt": {
+        "conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}],
+        "label": 1,
+    },
+    "labels go before pairs": {"prompt": "q", "completion": "a", "label": 1, "chosen": "x", "rejected": "y"},
+}
+
+
+@pytest.mark.parametrize("case", LABELLED)
+def test_labelled_completions_in_every_format(tmp_path: Path, case: str) -> None:
+    (item,) = load("labelled", [LABELLED[case]], tmp_path)
+    assert turns(item) == [("user", "q")]
+    assert isinstance(item, Labelled) and (item.completion, item.label) == ("a", True)
+
+
+@pytest.mark.parametrize("yes, no", [(True, False), (1, 0), (1, -1), ("true", "false"), ("True", "FALSE "), ("1", "0"),
+                                     ("+1", "-1"), (1.0, -1.0)])  # fmt: skip
+def test_labels_are_written_in_many_ways(tmp_path: Path, yes: Any, no: Any) -> None:
+    rows = [{"prompt": "q", "completion": "a", "thumb": value} for value in (yes, no, no)]
+    assert [i.label for i in load("labelled", rows, tmp_path, columns={"label": "thumb"})] == [True, False, False]
+
+
+@pytest.mark.parametrize("value", [2, -2, 0.5, "yes", "", None, [True], 5.0])
+def test_any_other_label_is_an_error_naming_row_and_value(tmp_path: Path, value: Any) -> None:
+    rows = [{"prompt": "q", "completion": "a", "label": x} for x in (True, value)]
+    message = refusal(lambda: load("labelled", rows, tmp_path))
+    assert f"row 2: column 'label' holds {value!r}, expected true or false, 1 or 0, or 1 or -1" in message
+
+
+def test_pairs_are_taken_apart_where_labels_are_wanted(write: Write) -> None:
+    """chosen is desirable, rejected is not; the split is that of the pairs; the report and the limit count pairs."""
+    rows = [{"prompt": f"q{i}", "chosen": f"good {i}", "rejected": f"bad {i}"} for i in range(40)]
+    source = DataSource(path=write("a.jsonl", rows), limit=20)
+    pairs, labelled = load_examples(source, "pairs"), load_examples(source, "labelled")
+    expected = [(p.prompt, text, good) for p in pairs.items for text, good in ((p.chosen, True), (p.rejected, False))]
+    assert [(i.prompt, i.completion, i.label) for i in labelled.items] == expected
+    assert len(labelled.items) == 40 and labelled.report == pairs.report
+
+
+def test_a_label_column_is_nothing_special_elsewhere(tmp_path: Path) -> None:
+    (asked,) = load("prompts", [{"prompt": "q", "label": "toxic"}], tmp_path)
+    assert asked.meta == {"label": "toxic"}
+    (item,) = load("labelled", [{"prompt": "q", "completion": "a", "label": 1, "more": 2}], tmp_path)
+    assert item.prompt.meta == {"more": 2}
+
+
+def test_one_completion_with_both_labels_is_no_duplicate(write: Write) -> None:
+    rows = [{"prompt": "q", "completion": "a", "label": x} for x in (1, 0, 0)]
+    source = DataSource(path=write("a.jsonl", rows), validation_fraction=0.0)
+    assert load_examples(source, "labelled").report.num_duplicates == 1
+
+
 def test_prompts_lose_the_answer_at_the_end(tmp_path: Path) -> None:
     (asked,) = load("prompts", [{"messages": [USER, ANSWER]}], tmp_path)
     assert turns(asked) == [("user", "q")]
@@ -497,6 +554,14 @@ def test_unusable_pairs_are_dropped_and_counted(tmp_path: Path) -> None:
     }
 
 
+def test_unusable_labelled_completions_are_dropped_and_counted(tmp_path: Path) -> None:
+    good = {"prompt": "q", "completion": "a", "label": True}
+    bad = [{**good, "completion": " "}, {**good, "completion": None}, {**good, "prompt": ""}]
+    assert dropped("labelled", bad, tmp_path, good) == {"empty completion": 2, "empty prompt": 1}
+    talk = {"messages": [USER, ANSWER], "label": True}
+    assert dropped("labelled", [{"messages": [USER], "label": False}], tmp_path, talk) == {"no completion": 1}
+
+
 def test_unusable_transcripts_are_dropped_and_counted(tmp_path: Path) -> None:
     start = "\n\nHuman: q\n\nAssistant:"
     good = {"chosen": f"{start} a", "rejected": f"{start} b"}
@@ -538,6 +603,12 @@ BAD_ROWS: dict[str, tuple[str, list[dict[str, Any]], dict[str, Any], str]] = {
     "what was found": ("pairs", [{"x": "q", "y": "a"}], {}, "pairs need chosen and rejected, and prompt"),
     "no pairs": ("pairs", [{"prompt": "q", "completion": "a"}], {}, "no column for chosen"),
     "pairs without prompt": ("pairs", [{"chosen": "a", "rejected": "b"}], {}, "no column for prompt"),
+    "no label": ("labelled", [{"prompt": "q", "completion": "a"}], {}, "no column for label"),
+    "another label": ("labelled", [{"prompt": "q", "completion": "a", "rating": 1}], {}, "data.columns.label=rating"),
+    "label alone": ("labelled", [{"prompt": "q", "label": True}], {}, "no column for completion"),
+    "labels of what": ("labelled", [{"x": "q"}], {}, "labelled need prompt, completion and label, or pairs: prompt"),
+    "labels of text": ("labelled", [{"text": "a", "label": 1}], {}, "no labelled in plain text"),
+    "half a pair": ("labelled", [{"prompt": "q", "chosen": "a", "label": 1}], {}, "no column for completion"),
     "prompts of text": ("prompts", [{"text": "a"}], {}, "no prompts in plain text"),
     "unknown field": ("pairs", [PAIR], {"columns": {"choosen": "chosen"}}, "did you mean 'chosen'?"),
     "unknown column": ("pairs", [PAIR], {"columns": {"prompt": "promt"}}, "did you mean 'prompt'?; found: prompt, ch"),

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,8 @@ import httpx
 import pytest
 import torch
 from huggingface_hub import errors as hub
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, LoraModel, PeftModel, get_peft_model
+from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.testing import assert_close
@@ -29,7 +31,7 @@ from transformers import (
 
 from alignlab import starter
 from alignlab.errors import UserError
-from alignlab.forward import rewards, score
+from alignlab.forward import rewards, score, trunk_states
 from alignlab.models import (
     ADAPTER_FILE,
     BASE_FILE,
@@ -40,6 +42,7 @@ from alignlab.models import (
     ModelChoice,
     ScalarModel,
     disable_dropout,
+    fixed_logits,
     frozen_copy,
     frozen_policy,
     has_adapter,
@@ -48,15 +51,20 @@ from alignlab.models import (
     load_generation_config,
     load_policy,
     load_reward_model,
+    load_stored,
     load_tokenizer,
     load_weights,
     location,
     make_reference,
     make_reward_model,
     make_value_model,
+    merge_adapter,
+    merge_checked,
     num_parameters,
     pick_device,
+    quantization,
     save_model,
+    stored_quantization,
     trainable_copy,
     trunk,
     unwrap,
@@ -762,3 +770,302 @@ def test_a_reward_folder_is_a_policy_folder_too(tmp_path: Path) -> None:
     model = make_reward_model(tiny(), seed=0)
     save_model(model, tmp_path)
     assert same(weights(policy(tmp_path)), weights(unwrap(model)))
+
+
+# Quantised weights ----------------------------------------------------------------------------------------------------
+
+KINDS = ("4bit", "8bit")
+
+
+@pytest.fixture
+def bitsandbytes() -> Any:
+    return pytest.importorskip("bitsandbytes")
+
+
+@pytest.mark.usefixtures("bitsandbytes")
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("architecture", ["gemma3", "gemma2", "llama", "qwen2"])
+def test_linear_layers_are_quantised_and_the_head_is_not(kind: str, architecture: str, tmp_path: Path) -> None:
+    """Nor embeddings and norms; the head is still the plain matrix that scoring uses, tied where it was."""
+    folder_of(tmp_path, architecture)
+    plain, model = policy(tmp_path), frozen_policy(ModelChoice(name=str(tmp_path), quantization=kind), CPU)  # type: ignore[arg-type]
+    found = {name for name, p in unwrap(model).named_parameters() if not p.is_floating_point()}
+    linear = {f"{name}.weight" for name, m in plain.named_modules() if isinstance(m, nn.Linear)} - {"lm_head.weight"}
+    assert found == linear and len(found) == 14
+    kept = {name: p for name, p in plain.named_parameters() if name not in linear}
+    assert all(torch.equal(p, dict(unwrap(model).named_parameters())[name]) for name, p in kept.items())
+    tied = head(model).weight is unwrap(model).get_input_embeddings().weight
+    assert tied == architecture.startswith("gemma")
+    assert quantization(model) == kind and quantization(plain) is None
+    assert num_parameters(model) == num_parameters(plain)  # two 4-bit weights lie in a byte, and count as two
+    difference = (fixed_logits(unwrap(model)) - fixed_logits(plain)).abs().mean() / fixed_logits(plain).abs().mean()
+    assert (0.01 if kind == "4bit" else 1e-4) < difference < (1.0 if kind == "4bit" else 0.05)
+
+
+@pytest.mark.usefixtures("bitsandbytes")
+@pytest.mark.parametrize("kind", KINDS)
+def test_quantised_weights_drawn_at_random(base: Path, kind: str) -> None:
+    drawn = {"weights": "random", "adapter": LORA, "overrides": {"num_hidden_layers": 1}}
+    one, again, other = (policy(base, seed=seed, quantization=kind, **drawn) for seed in (1, 1, 2))
+    assert same(weights(one), weights(again)) and not same(weights(one), weights(other))
+    assert num_parameters(one, trained_only=True) == num_parameters(policy(base, **drawn), trained_only=True) > 0
+
+
+@pytest.mark.usefixtures("bitsandbytes")
+def test_what_cannot_be_quantised(base: Path, tmp_path: Path) -> None:
+    refusal(lambda: policy(base, quantization="4bit"), "4bit weights cannot be trained", "set model.adapter", "drop")
+    refusal(lambda: policy(base, quantization="8bit", adapter=LORA, dtype="float64"), "set model.dtype to float32")
+    GPT2Config(vocab_size=64, n_embd=32, n_layer=1, n_head=2, n_positions=64).save_pretrained(str(tmp_path))
+    drawn = {"weights": "random", "quantization": "4bit", "adapter": LORA}
+    refusal(lambda: policy(tmp_path, **drawn), "GPT2LMHeadModel has layers that cannot be quantised", "drop")
+    stored_adapter(base, tmp_path / "adapter")
+    refusal(lambda: policy(tmp_path / "adapter", quantization="4bit"), "4bit weights cannot be trained")
+
+
+def test_bitsandbytes_is_asked_for_by_name(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delitem(sys.modules, "alignlab.models.quantised", raising=False)
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+    line = refusal(lambda: policy(base, quantization="4bit", adapter=LORA), "4bit needs bitsandbytes")
+    assert line.endswith("pip install 'alignlab[quant]'")
+
+
+@pytest.mark.usefixtures("bitsandbytes")
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_adapter_and_its_base_in_any_form(base: Path, kind: str, tmp_path: Path) -> None:
+    """Trained on quantised weights it goes on plain ones of the same base, in any type, and the other way round."""
+    for form, other in ((kind, None), (None, kind)):
+        folder = tmp_path / str(form)
+        stored = policy(base, quantization=form, adapter=LORA)
+        nudge(stored)
+        save_model(stored, folder)
+        assert stored_quantization(folder) == form
+        again = policy(folder, quantization=form, adapter=LORA)
+        assert_close(logprobs(again), logprobs(stored), **EXACT)
+        turned = policy(folder, quantization=other, adapter=LORA)
+        assert quantization(turned) == other
+        assert 1e-4 < (logprobs(turned) - logprobs(stored)).abs().max() < 2.0
+        for dtype in ("bfloat16", "float32"):
+            policy(folder, quantization=form, adapter=LORA, dtype=dtype)
+            policy(folder, dtype=dtype)  # merged into plain weights
+
+
+@pytest.mark.usefixtures("bitsandbytes")
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_adapter_on_quantised_weights_of_another_base(copied: Path, kind: str, tmp_path: Path) -> None:
+    """The comparison is with the weights before quantisation, so it misses nothing: here one layer, by 1 %."""
+    stored = policy(copied, quantization=kind, adapter=LORA)
+    save_model(stored, tmp_path / "adapter")
+    rewrite(copied, lambda t: t[UP].mul_(1.01))
+    for form in (kind, None):
+        refusal(lambda form=form: policy(tmp_path / "adapter", quantization=form, adapter=LORA), "other base weights")
+    refusal(lambda: load_weights(policy(copied, quantization=kind, adapter=LORA), tmp_path / "adapter"), "other base")
+
+
+def test_a_base_is_known_in_every_type(tmp_path: Path) -> None:
+    """Whichever type it was loaded in, here with weights so small that float16 has few digits for them; but not one
+    that differs, were it by one rounding where both are of a type."""
+    folder = folder_of(tmp_path / "base", "llama")
+    rewrite(folder, lambda t: t[UP].mul_(3e-5))
+    for trained in ("float32", "bfloat16", "float16"):
+        save_model(policy(folder, adapter=LORA, dtype=trained), tmp_path / trained)
+        for dtype in ("float32", "bfloat16", "float16", "float64"):
+            policy(tmp_path / trained, adapter=LORA, dtype=dtype)
+    rewrite(folder, lambda t: t["model.norm.weight"].mul_(1 + 3e-7))
+    policy(tmp_path / "bfloat16", adapter=LORA, dtype="bfloat16")
+    refusal(lambda: policy(tmp_path / "float32", adapter=LORA), "other base weights")
+    rewrite(folder, lambda t: t["model.norm.weight"].mul_(1.02))
+    for trained in ("float32", "bfloat16", "float16"):
+        refusal(lambda trained=trained: policy(tmp_path / trained, adapter=LORA), "other base weights")
+
+
+@pytest.mark.usefixtures("bitsandbytes")
+@pytest.mark.parametrize("kind", KINDS)
+def test_copies_share_quantised_weights(base: Path, kind: str) -> None:
+    original = policy(base, quantization=kind, adapter=LORA)
+    logprobs(original)
+    for copier in (frozen_copy, trainable_copy):
+        copy = copier(original)
+        mine, theirs = dict(original.named_parameters()), dict(copy.named_parameters())
+        assert all((mine[name] is theirs[name]) == (".lora_" not in name) for name in mine)
+        scales = [[m.quant_state for m in x.modules() if hasattr(m, "quant_state")] for x in (original, copy)]
+        assert all(one is other for one, other in zip(*scales, strict=True)) and bool(scales[0]) == (kind == "4bit")
+        before = logprobs(copy)
+        assert_close(before, logprobs(original), **EXACT)
+        nudge(original)
+        assert_close(logprobs(copy), before, **EXACT)
+        assert (logprobs(original) - before).abs().max() > 0.01
+
+
+@pytest.mark.usefixtures("bitsandbytes")
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_reward_model_is_loaded_as_it_was_trained(base: Path, kind: str, dtype: str, tmp_path: Path) -> None:
+    """Quantised or not is its own affair, not that of the policy that it judges: the scores are the same bits."""
+    backbone = policy(base, quantization=kind, adapter=LORA, dtype=dtype)
+    nudge(backbone)
+    model = make_reward_model(backbone, seed=3)
+    model.set_normalisation(0.3, 1.7)
+    save_model(model, tmp_path / "quantised")
+    for stage in (None, "4bit", "8bit"):
+        loaded = load_reward_model(tmp_path / "quantised", ModelChoice(quantization=stage, dtype=dtype), device=CPU)  # type: ignore[arg-type]
+        assert quantization(loaded) == kind and not any(p.requires_grad for p in loaded.parameters())
+        assert_close(rewards(loaded, BATCH), rewards(model, BATCH), **EXACT)
+    full = make_reward_model(policy(base), seed=3)
+    save_model(full, tmp_path / "full")
+    loaded = load_reward_model(tmp_path / "full", ModelChoice(quantization=kind, adapter=LORA), device=CPU)  # type: ignore[arg-type]
+    assert quantization(loaded) is None
+    assert_close(rewards(loaded, BATCH), rewards(full, BATCH), **EXACT)
+
+
+# Merging --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("architecture", ["gemma3", "gemma2", "llama", "qwen2"])
+def test_a_merged_model_is_the_adapter(architecture: str) -> None:
+    """W + alpha / rank * B A; nothing of the adapter is left, and tied weights are still one."""
+    adapter = adapted(tiny(architecture))
+    expected, effect = logprobs(adapter), (logprobs(adapter) - logprobs(AdapterOff(adapter))).abs().max().item()
+    layer = next(m for m in adapter.modules() if isinstance(m, BaseTunerLayer))
+    product = layer.lora_B["default"].weight @ layer.lora_A["default"].weight
+    weight = layer.get_base_layer().weight.detach() + 2.0 * product.detach()
+    merged, check = merge_checked(adapter)
+    assert type(merged) is type(tiny(architecture)) and not any("lora" in name for name, _ in merged.named_parameters())
+    assert_close(logprobs(merged), expected, **MERGED32)
+    assert any(torch.allclose(p, weight) for p in merged.parameters() if p.shape == weight.shape)
+    tied = merged.get_output_embeddings().weight is merged.get_input_embeddings().weight
+    assert tied == architecture.startswith("gemma")
+    assert check.merging <= 1e-4 * check.largest_logit and check.rounding == check.merging
+    assert check.adapter_effect > 0.1 and effect > 0.1
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_merged_weights_are_rounded_once(dtype: torch.dtype) -> None:
+    """Summed in float32, not in the type of the weights, in which B A would be rounded and the sum rounded again."""
+    adapter = adapted(tiny("llama", dtype=dtype))
+    layer = unwrap(adapter).model.layers[0].mlp.up_proj
+    product = layer.lora_B["default"].weight.float() @ layer.lora_A["default"].weight.float()
+    expected = (layer.get_base_layer().weight.float() + 2.0 * product).to(dtype)
+    merged, check = merge_checked(adapter)
+    assert merged.dtype == dtype and torch.equal(merged.model.layers[0].mlp.up_proj.weight, expected)
+    assert check.merging < 1e-4 * check.largest_logit < check.rounding < 0.5 * check.adapter_effect
+
+
+def test_a_merge_that_went_wrong_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Merged twice over, merged without its scale, a layer left out, or NaN: the logits tell."""
+    right = LoraModel.merge_and_unload
+
+    def doubled(self: Any) -> Any:
+        return scaled(self, 2.0)
+
+    def scaled(self: Any, factor: float, most: int | None = None) -> Any:
+        layers = [m for m in self.modules() if isinstance(m, BaseTunerLayer)]
+        for layer in layers[:most]:
+            layer.lora_B["default"].weight.data *= factor
+        return right(self)
+
+    wrong: dict[str, Callable[[Any], Any]] = {
+        "twice": doubled,
+        "unscaled": lambda self: scaled(self, 0.5),
+        "not at all": lambda self: scaled(self, 0.0),
+        "one layer left out": lambda self: scaled(self, 0.0, most=1),
+        "NaN": lambda self: scaled(self, float("nan")),
+    }
+    for merge in wrong.values():
+        monkeypatch.setattr(LoraModel, "merge_and_unload", merge)
+        for dtype in (torch.float32, torch.bfloat16):
+            refusal(
+                lambda dtype=dtype: merge_adapter(adapted(tiny(dtype=dtype))), "the merged model is not the adapter's"
+            )
+
+
+def test_rounding_may_not_lose_the_adapter() -> None:
+    """Updates below the rounding of bfloat16 are gone in it, and stay in float32; an adapter that does nothing loses
+    nothing."""
+    adapter = adapted(tiny(dtype=torch.bfloat16), perturbed=False)
+    merge_adapter(adapted(tiny(dtype=torch.bfloat16), perturbed=False))
+    nudge(adapter, scale=3e-4)
+    refusal(lambda: merge_adapter(trainable_copy(adapter)), "bfloat16 would lose the adapter", "use float32")
+    merged, check = merge_checked(adapter, torch.float32)
+    assert merged.dtype == torch.float32 and check.rounding < 0.1 * check.adapter_effect
+
+
+@pytest.mark.usefixtures("bitsandbytes")
+@pytest.mark.parametrize("kind", KINDS)
+def test_nothing_is_merged_into_quantised_weights(base: Path, kind: str) -> None:
+    adapter = policy(base, quantization=kind, adapter=LORA)
+    refusal(lambda: merge_adapter(adapter), f"cannot be merged into {kind} weights", "without model.quantization")
+
+
+# A critic on the reward model's trunk ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("lora_policy", [True, False])
+def test_a_critic_on_a_full_reward_model(lora_policy: bool) -> None:
+    """It shares every weight and trains an adapter of its own, of the policy's rank (4) or 8; worth 0 at first."""
+    reward_model = make_reward_model(tiny(seed=3), seed=0).requires_grad_(False)
+    scores = rewards(reward_model, BATCH)
+    start = adapted(tiny(), rank=4) if lora_policy else tiny()
+    critic = make_value_model(start, "reward_model", reward_model, seed=5)
+    config = critic.backbone.active_peft_config
+    assert config.r == (4 if lora_policy else 8) and config.lora_alpha == 2 * config.r
+    trained = {name for name, p in critic.named_parameters() if p.requires_grad}
+    assert {n.split(".")[0] for n in trained} == {"head", "backbone"}
+    assert all(".lora_" in n or n.startswith("head") for n in trained)
+    shared = set(reward_model.backbone.parameters())
+    assert all(p in shared for name, p in critic.backbone.named_parameters() if ".lora_" not in name)
+    assert not critic.head.weight.any() and not critic.head.bias.any()
+    nudge(critic)
+    assert_close(rewards(reward_model, BATCH), scores, **EXACT)
+    again = make_value_model(start, "reward_model", reward_model, seed=5)
+    assert same(weights(again), weights(make_value_model(start, "reward_model", reward_model, seed=5)))
+    assert not same(weights(again), weights(make_value_model(start, "reward_model", reward_model, seed=6)))
+
+
+def test_a_critic_on_an_adapted_reward_model() -> None:
+    """Its adapter is merged into copies of the weights under it; embeddings and norms are shared, and it stays."""
+    reward_model = make_reward_model(adapted(tiny(seed=3)), seed=0).requires_grad_(False)
+    scores, states = rewards(reward_model, BATCH), trunk_states(reward_model, BATCH)
+    critic = make_value_model(tiny(), "reward_model", reward_model)
+    assert_close(trunk_states(critic, BATCH), states, **MERGED32)  # the same trunk, whose fresh adapter does nothing
+    assert_close(rewards(reward_model, BATCH), scores, **EXACT)
+    theirs = set(reward_model.backbone.parameters())
+    shared = {n.rsplit(".", 2)[-2] for n, p in critic.backbone.named_parameters() if p in theirs}
+    assert {"embed_tokens", "norm", "q_norm"} <= shared and "up_proj" not in shared and "base_layer" not in shared
+    nudge(critic)
+    assert_close(rewards(reward_model, BATCH), scores, **EXACT)
+
+
+@pytest.mark.usefixtures("bitsandbytes")
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("adapter", [LORA, None], ids=["with adapter", "without"])
+def test_a_critic_on_a_quantised_reward_model(base: Path, kind: str, adapter: LoraChoice | None) -> None:
+    """An adapter that is there is trained on, as a copy; the quantised weights are shared."""
+    backbone = load_stored(ModelChoice(name=str(base), quantization=kind, adapter=adapter), device=CPU)  # type: ignore[arg-type]
+    if adapter:
+        nudge(backbone)
+    reward_model = make_reward_model(backbone, seed=0).requires_grad_(False)
+    scores, states = rewards(reward_model, BATCH), trunk_states(reward_model, BATCH)
+    critic = make_value_model(tiny(), "reward_model", reward_model)
+    assert_close(trunk_states(critic, BATCH), states, **EXACT)
+    theirs = set(reward_model.parameters())
+    trained = {n for n, p in critic.named_parameters() if p.requires_grad}
+    assert len([n for n in trained if ".lora_" in n]) == 28 and {"head.weight", "head.bias"} < trained
+    assert all((p in theirs) == (n not in trained) for n, p in critic.named_parameters())
+    nudge(critic)
+    assert_close(rewards(reward_model, BATCH), scores, **EXACT)
+    assert (trunk_states(critic, BATCH) - states).abs().max() > 0.01
+
+
+def test_a_stored_critic_on_a_reward_model(tmp_path: Path) -> None:
+    reward_model = make_reward_model(adapted(tiny(seed=3)), seed=0).requires_grad_(False)
+    critic, other = (make_value_model(tiny(), "reward_model", reward_model, seed=seed) for seed in (1, 2))
+    nudge(critic)
+    save_model(critic, tmp_path)
+    load_weights(other, tmp_path)
+    assert same(weights(other), weights(critic))
+
+
+def test_what_no_critic_can_grow_from() -> None:
+    refusal(lambda: make_value_model(tiny(), "reward_model"), "needs a reward model")
+    reward_model = make_reward_model(tiny(vocab_size=80), seed=0)
+    refusal(lambda: make_value_model(tiny(), "reward_model", reward_model), "80 embeddings in it and 64 in the policy")

@@ -8,9 +8,20 @@ import torch
 from torch import nn
 from torch.testing import assert_close
 
-from alignlab.optim import AdamWChoice, Schedule, build_optimizers, clipped_step, parameters_of
+from alignlab.optim import (
+    FIRST_SCALER,
+    GOOD_STEPS,
+    AdamWChoice,
+    MasterAdamW,
+    Schedule,
+    build_optimizers,
+    clipped_step,
+    next_scaler,
+    parameters_of,
+    unscale,
+)
 from alignlab.types import Role
-from tests.tolerances import EXACT, FLOAT64
+from tests.tolerances import EXACT, FLOAT32, FLOAT64
 
 
 def factors(schedule: Schedule, num_phases: int) -> list[float]:
@@ -102,3 +113,82 @@ def test_a_gradient_that_is_not_finite_is_not_applied(bad: float) -> None:
     assert not math.isfinite(clipped_step(optimizer, 1.0, 0.1))
     assert_close(parameter.detach(), torch.ones((1, 4), dtype=torch.float64), **EXACT)
     assert not optimizer.state
+
+
+# Half precision -------------------------------------------------------------------------------------------------------
+
+
+def half(value: float, dtype: torch.dtype, **options: Any) -> tuple[nn.Parameter, MasterAdamW]:
+    parameter = nn.Parameter(torch.full((2, 2), value, dtype=dtype))
+    return parameter, MasterAdamW([{"params": [parameter]}], lr=1.0, eps=0.0, weight_decay=0.0, **options)
+
+
+def backward(parameter: nn.Parameter, slope: float) -> None:
+    (parameter * slope).sum().backward()  # type: ignore[no-untyped-call]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_updates_below_the_rounding_add_up(dtype: torch.dtype) -> None:
+    """AdamW moves a weight of 1 by its rate, here 1e-4, against the slope; next below 1 are 1 - 2^-8 in bfloat16 and
+    1 - 2^-11 in float16. Without a master not one of 100 such steps would arrive; with it their sum, .01, does."""
+    parameter, optimizer = half(1.0, dtype)
+    pure = nn.Parameter(torch.ones(2, 2, dtype=dtype))
+    without = torch.optim.AdamW([pure], lr=1.0, eps=0.0, weight_decay=0.0)
+    for _ in range(100):
+        for p, o in ((parameter, optimizer), (pure, without)):
+            backward(p, 0.5)
+            clipped_step(o, 1e9, 1e-4)
+            o.zero_grad(set_to_none=True)
+    assert_close(parameter.detach(), torch.full((2, 2), 0.99, dtype=dtype), **EXACT)
+    assert_close(parameters_of(optimizer)[0].detach(), torch.full((2, 2), 0.99), **FLOAT32)
+    assert pure.detach().eq(1).all()
+
+
+def test_gradients_add_up_in_single_precision() -> None:
+    """256 + 1 + 1 + 1 + 1 is 256 in bfloat16, one addition at a time, and 260 in float32."""
+    parameter, optimizer = half(0.0, torch.bfloat16)
+    plain = nn.Parameter(torch.zeros(2, 2, dtype=torch.bfloat16))
+    for slope in (256.0, 1.0, 1.0, 1.0, 1.0):
+        backward(parameter, slope)
+        backward(plain, slope)
+    (master,) = parameters_of(optimizer)
+    assert parameter.grad is None and master.grad is not None and plain.grad is not None
+    assert master.grad.dtype == torch.float32 and master.grad.eq(260).all()
+    assert plain.grad.eq(256).all()
+    optimizer.zero_grad(set_to_none=True)
+    assert master.grad is None
+
+
+def test_only_half_precision_has_masters() -> None:
+    model = nn.Sequential(nn.Linear(2, 2, dtype=torch.bfloat16), nn.Linear(2, 1))
+    model[0].bias.requires_grad_(False)
+    (optimizer,) = build_optimizers({"policy": Role(learning_rate=1e-3)}, {"policy": model}, AdamWChoice()).values()
+    assert [id(p) for _, p in optimizer.masters] == [id(model[0].weight)]
+    assert {p.dtype for p in parameters_of(optimizer)} == {torch.float32}
+    held = {id(p) for p in model.parameters()}
+    assert sum(id(p) in held for p in parameters_of(optimizer)) == 2
+
+
+@pytest.mark.parametrize("bad, finite", [(0.0, True), (math.inf, False), (-math.inf, False), (math.nan, False)])
+def test_unscaling(bad: float, finite: bool) -> None:
+    """Exact, as scales are powers of 2."""
+    parameter, optimizer = half(1.0, torch.float16)
+    backward(parameter, 3.0 * 2**12)
+    (master,) = parameters_of(optimizer)
+    assert master.grad is not None
+    master.grad[1, 1] += bad
+    assert unscale([optimizer], 2.0**12) == finite
+    assert_close(master.grad[0, 0].item(), 3.0, **EXACT)
+    assert unscale([], 2.0)
+
+
+def test_the_loss_scale() -> None:
+    """Halved by an overflow, which starts the count anew; doubled after 2000 steps without."""
+    scaler = next_scaler(FIRST_SCALER, True)
+    assert scaler == {"scale": 65536.0, "good_steps": 1.0, "skipped_steps": 0.0}
+    scaler = next_scaler(scaler, False)
+    assert scaler == {"scale": 32768.0, "good_steps": 0.0, "skipped_steps": 1.0}
+    for _ in range(GOOD_STEPS - 1):
+        scaler = next_scaler(scaler, True)
+    assert scaler == {"scale": 32768.0, "good_steps": 1999.0, "skipped_steps": 1.0}
+    assert next_scaler(scaler, True) == {"scale": 65536.0, "good_steps": 0.0, "skipped_steps": 1.0}

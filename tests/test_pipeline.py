@@ -29,7 +29,14 @@ from alignlab.models import (
     load_tokenizer,
 )
 from alignlab.pipeline import check_recipe, run_recipe
-from alignlab.pipeline.identity import StageResult, code_fingerprint, data_fingerprint, model_fingerprint, stage_key
+from alignlab.pipeline.identity import (
+    StageResult,
+    Teacher,
+    code_fingerprint,
+    data_fingerprint,
+    model_fingerprint,
+    stage_key,
+)
 from alignlab.pipeline.stage import NORMALISATION_PROMPTS, StageRun
 from alignlab.recipe import Stage, load_recipe
 from alignlab.rollout import sample_prompts
@@ -117,10 +124,10 @@ def test_the_reference_of_a_stage_is_the_policy_it_starts_from(recipe: Path, mon
     seen: list[tuple[str, dict[str, torch.Tensor]]] = []
     finish = StageRun._finish
 
-    def look(self: StageRun, models: Any) -> Any:
+    def look(self: StageRun, models: Any, *arguments: Any) -> Any:
         if "reference" in models:
             seen.append((self.stage.name, {k: v.clone() for k, v in models["reference"].state_dict().items()}))
-        return finish(self, models)
+        return finish(self, models, *arguments)
 
     monkeypatch.setattr(StageRun, "_finish", look)
     run_recipe(load_recipe(recipe), recipe.parent / "run", quiet=True)
@@ -357,7 +364,7 @@ def test_a_sigkilled_run_resumed_is_the_uninterrupted_run_bit_for_bit(tmp_path: 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["ppo", "dpo", "reward_model", "sft"])
+@pytest.mark.parametrize("name", ["ppo", "dpo", "kto", "reward_model", "sft"])
 def test_starter_recipes_resume_bit_for_bit_after_a_sigkill(name: str, tmp_path: Path) -> None:
     few = ("algorithm.prompts_per_phase=8",) if name == "ppo" else ()
     small = (
@@ -449,3 +456,139 @@ def test_the_last_stage_is_checked_before_the_first_is_trained(recipe: Path) -> 
 def test_a_shared_model_beside_stages_is_no_contradiction(recipe: Path, model: Path) -> None:
     check_recipe(load_recipe(recipe, [f"model={model}", "stages.dpo.start=sft"]))
     check_recipe(load_recipe(RECIPES / "starter" / "pipeline.yaml", ["model=google/gemma-3-270m-it"]))
+
+
+# ---- teachers --------------------------------------------------------------------------------------------------------
+
+COMMON = """
+model: {model}
+data: {{path: sums.jsonl, max_completion_tokens: 8}}
+train: {{num_phases: 2, save_every: 1}}
+evaluation: {{prompts_per_task: 2}}
+"""
+TEACHER = "algorithm: {name: sft, examples_per_step: 4, learning_rate: 1e-2}\n"
+PUPIL = "teacher: sft.yaml\nalgorithm: {name: distill, prompts_per_phase: 4, learning_rate: 1e-3, objective: full}\n"
+
+
+@pytest.fixture
+def pupil(tmp_path: Path, model: Path) -> Path:
+    """A recipe that distils what `sft.yaml` beside it makes."""
+    write_rows(tmp_path / "sums.jsonl", SUMS)
+    (tmp_path / "sft.yaml").write_text(COMMON.format(model=model) + TEACHER, "utf-8")
+    path = tmp_path / "pupil.yaml"
+    path.write_text(COMMON.format(model=model) + PUPIL, "utf-8")
+    return path
+
+
+def test_a_teacher_is_a_recipe_a_run_or_a_model(pupil: Path, model: Path) -> None:
+    """The same teacher by each of its names: the same weights, bit for bit; a trained one is known by its key."""
+    folder = pupil.parent
+    assert alignlab("train", folder / "sft.yaml", "--output", folder / "sft").code == 0
+    for name, teacher in (("recipe", "sft.yaml"), ("run", folder / "sft"), ("model", folder / "sft" / "policy")):
+        result = alignlab("train", pupil, f"teacher={teacher}", "--output", folder / name)
+        assert result.code == 0, result.err
+    made = [weights(folder / name / "policy") for name in ("recipe", "run", "model")]
+    assert made[0] == made[1] == made[2] not in (weights(folder / "sft" / "policy"), weights(model))
+    keys = [record(folder / name, "provenance")["teacher"] for name in ("recipe", "run", "model")]
+    assert keys[0] == keys[1] == record(folder / "sft", "stage")["key"] != keys[2] and len(keys[2]) == 64
+    log = rows(folder / "run" / "log_history.jsonl")
+    assert log[0]["distill/reverse_kl_per_token"] > 1e-4 and "reward/mean" not in log[0]  # no task, so no reward
+    again = folder / "again"
+    assert alignlab("train", folder / "recipe" / "recipe.yaml", "--output", again).code == 0
+    assert weights(again / "policy") == made[0]
+
+
+def test_an_earlier_stage_teaches_and_who_is_his_own_teacher_learns_nothing(recipe: Path) -> None:
+    """The pupil starts from its teacher, sft: no divergence, no gradient, the same bits. From sft and taught by dpo, it
+    does learn."""
+    text = recipe.read_text("utf-8")
+    head, stages = text.split("stages:\n")
+    lines = stages.splitlines()
+    pupil = (
+        "- {{name: {0}, start: sft, teacher: {1}, algorithm: {{name: distill, prompts_per_phase: 4, objective: full}}}}"
+    )
+    recipe.write_text(
+        "\n".join([head, "stages:", lines[0], lines[2], pupil.format("same", "sft"), pupil.format("other", "dpo")]),
+        "utf-8",
+    )
+    run = recipe.parent / "run"
+    result = alignlab("train", recipe, "stages.other.algorithm.learning_rate=1e-3", "--output", run)
+    assert result.code == 0, result.err
+    assert weights(run / "same" / "policy") == weights(run / "sft" / "policy") != weights(run / "other" / "policy")
+    divergence = {n: [r.get("distill/reverse_kl_per_token") for r in rows(run / n / "log_history.jsonl")][:2]
+                  for n in ("same", "other")}  # fmt: skip
+    assert divergence["same"] == [0.0, 0.0] and min(divergence["other"]) > 0
+    assert record(run / "other", "provenance")["teacher"] == record(run / "dpo", "stage")["key"]
+    alone = recipe.parent / "alone"
+    assert alignlab("train", run / "other" / "recipe.yaml", "--output", alone).code == 0
+    assert weights(alone / "policy") == weights(run / "other" / "policy")
+
+
+def test_a_key_changes_with_the_teacher(pupil: Path, tmp_path: Path) -> None:
+    stage = load_recipe(pupil).stages[0]
+    teachers = [None, *(Teacher(name=n, model=n, key=k) for n, k in (("a", "0"), ("b", "0"), ("a", "1")))]
+    keys = [stage_key(stage, 42, None, None, teacher)[0] for teacher in teachers]
+    assert keys[1] == keys[2] and len(set(keys)) == 3  # not by where it lies
+
+
+def another_tokenizer(model: Path, folder: Path, change: str) -> Path:
+    shutil.copytree(model, folder)
+    if change == "template":
+        (folder / "chat_template.jinja").write_text(
+            (folder / "chat_template.jinja").read_text("utf-8").replace("<start_of_turn>", "<end_of_turn>"), "utf-8"
+        )
+    else:
+        tokenizer = json.loads((folder / "tokenizer.json").read_text("utf-8"))
+        words = tokenizer["model"]["vocab"]
+        one, other = list(words)[-2:]
+        words[one], words[other] = words[other], words[one]
+        (folder / "tokenizer.json").write_text(json.dumps(tokenizer), "utf-8")
+    return folder
+
+
+@pytest.mark.parametrize(("change", "said"), [("template", "another chat template"), ("words", "another vocabulary")])
+def test_a_teacher_with_another_tokenizer_is_refused(
+    pupil: Path, model: Path, tmp_path: Path, change: str, said: str
+) -> None:
+    other = another_tokenizer(model, tmp_path / "other", change)
+    result = alignlab("train", pupil, f"teacher={other}", "--output", tmp_path / "run")
+    assert result.code == 2 and len(result.errors) == 1, result.err
+    assert f"teacher '{other}' has {said} than the policy" in result.errors[0]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (("teacher=null",), "distill needs `teacher: STAGE, RECIPE, RUN or MODEL`"),
+        (("teacher=nowhere.yaml",), "'nowhere.yaml' is neither a stage of this recipe, nor a recipe file"),
+        (("teacher=no such model",), "no such folder"),
+        (("algorithm={name: sft}",), "sft has no use for a teacher; drop `teacher`"),
+        (("algorithm={name: reward_model}", "teacher=null", "evaluation.best_of=2", "data.task=reasoning"),
+         "evaluation.best_of samples a policy"),
+        (("teacher=null", "algorithm={name: dpo}", "evaluation.best_of=2"), "no reward; name one under `reward`"),
+        (("teacher=null", "algorithm={name: sft}", "evaluation.best_of=0"), "evaluation.best_of"),
+        (("algorithm.gama=1",), "did you mean 'gamma'?"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_taught_or_chosen_is_said_first(pupil: Path, overrides: tuple[str, ...], said: str) -> None:
+    run = pupil.parent / "run"
+    result = alignlab("train", pupil, *overrides, "--output", run)
+    assert result.code == 2 and said in " ".join(result.errors), result.err
+    assert not run.exists()
+
+
+# ---- best of n -------------------------------------------------------------------------------------------------------
+
+
+def test_evaluations_choose_with_the_rewards_of_the_stage(pupil: Path) -> None:
+    """During and after training; also of a method that learns from no reward."""
+    run = pupil.parent / "run"
+    chosen = ("reward={repetition: 1.0}", "evaluation.best_of=3", "evaluation.every=1", "data.task=reasoning")
+    result = alignlab("train", pupil.with_name("sft.yaml"), *chosen, "--output", run)
+    assert result.code == 0, result.err
+    metrics = record(run, "evaluation")["metrics"]
+    assert metrics["inference/candidates"] == 3.0 and metrics["inference/reward_gain"] >= 0
+    assert len(record(run, "evaluation_samples")) == len(record(run, "evaluation")["scores"]) > 0
+    assert [r["evaluation/inference/candidates"] for r in rows(run / "log_history.jsonl") if "phases_done" in r] == [
+        3.0, 3.0, 3.0,
+    ]  # fmt: skip

@@ -150,3 +150,29 @@ def test_an_anchor_bomb_does_not_explode(tmp_path: Path) -> None:
     lines = ["a0: &a0 [x, x, x, x, x, x, x, x, x]"]
     lines += [f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]" for i in range(1, 12)]
     assert "unfolds to more than" in error_of(tmp_path, "\n".join(lines) + "\n" + GOOD)
+
+
+def test_a_teacher_is_looked_for_beside_the_recipe_or_is_a_models_name(tmp_path: Path) -> None:
+    """A file or folder beside the recipe, a stage, a hub id, or the starter, whatever lies beside the recipe."""
+    for name in ("grpo.yaml", "starter/config.json"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+
+    def teacher(value: str) -> str | None:
+        return load_recipe(write(tmp_path, f"algorithm: distill\nteacher: {value}\n")).stages[0].teacher
+
+    assert teacher("grpo.yaml") == str(tmp_path / "grpo.yaml")
+    assert teacher("starter") == "starter" and teacher("google/gemma-3-1b-it") == "google/gemma-3-1b-it"
+    with pytest.raises(UserError, match=r"'dpo\.yaml' is neither a stage of this recipe, nor a recipe file"):
+        teacher("dpo.yaml")
+    staged = "stages:\n- {name: grpo.yaml, algorithm: grpo}\n- {name: d, algorithm: distill, teacher: grpo.yaml}\n"
+    assert load_recipe(write(tmp_path, staged)).stages[1].teacher == "grpo.yaml"
+
+
+def test_debug_keeps_a_selection_possible(tmp_path: Path) -> None:
+    """Of groups made smaller, fewer are kept: keeping all of them would be no selection."""
+    path = write(tmp_path, "algorithm: {name: rejection, group_size: 16, keep: 8}\n")
+    algorithm = load_recipe(path, debug=True).stages[0].algorithm
+    assert (algorithm.group_size, algorithm.keep) == (4, 1)  # type: ignore[attr-defined]
+    threshold = "algorithm: {name: rejection, keep: null, min_reward: 1.0}\n"
+    assert load_recipe(write(tmp_path, threshold), debug=True).stages[0].algorithm.keep is None  # type: ignore[attr-defined]

@@ -15,9 +15,13 @@ import torch
 
 from alignlab.algorithms.dpo import DPO
 from alignlab.algorithms.grpo import GRPO
+from alignlab.algorithms.kto import KTO
+from alignlab.algorithms.online_dpo import OnlineDPO
+from alignlab.algorithms.orpo import ORPO
 from alignlab.algorithms.ppo import PPO
 from alignlab.algorithms.reward_model import RewardModel
 from alignlab.algorithms.sft import SFT
+from alignlab.algorithms.simpo import SimPO
 from alignlab.checkpoint import find_checkpoint, load_checkpoint, save_checkpoint
 from alignlab.models import frozen_copy
 from alignlab.optim import Schedule
@@ -37,6 +41,12 @@ METHODS: dict[str, tuple[Any, dict[str, Any]]] = {
     "dpo": (DPO(pairs_per_step=6, learning_rate=1e-2), {}),
     "dpo lora": (DPO(pairs_per_step=6, learning_rate=1e-2), LORA),
     "dpo staged lora": (DPO(pairs_per_step=6, learning_rate=1e-2), {**LORA, "staged": True}),
+    "simpo": (SimPO(pairs_per_step=6, learning_rate=1e-2), {}),
+    "orpo lora": (ORPO(pairs_per_step=6, learning_rate=1e-2), LORA),
+    "kto": (KTO(examples_per_step=6, learning_rate=1e-2), {}),
+    "kto staged lora": (KTO(examples_per_step=6, learning_rate=1e-2), {**LORA, "staged": True}),
+    "online dpo": (OnlineDPO(prompts_per_phase=3, group_size=3, epochs=2, learning_rate=5e-3), {}),
+    "online dpo lora": (OnlineDPO(prompts_per_phase=3, group_size=3, score_normaliser="ema", learning_rate=5e-3), LORA),
     "ppo own": (PPO(**ADAPTIVE), {}),
     "ppo own lora": (PPO(**ADAPTIVE), LORA),
     "ppo shared": (PPO(**ADAPTIVE, critic="shared"), {}),

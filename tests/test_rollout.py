@@ -1,6 +1,7 @@
 """Rewards combined under their contract, groups of rollouts, and rows within limits."""
 
 import math
+import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -10,22 +11,27 @@ import pytest
 import torch
 from torch.testing import assert_close
 
+from alignlab import rollout as rollout_module
 from alignlab.errors import UserError
 from alignlab.generate import Sampling
 from alignlab.rollout import (
     Limits,
     Reward,
     combine,
+    component_tensor,
     encode_examples,
+    encode_labelled,
     encode_pairs,
     fitting_prompts,
+    is_constant,
     reward_tensor,
     rollout_metrics,
     sample_prompts,
     stopped_tensor,
 )
-from alignlab.types import Completion, Example, Group, LoopState, Pair, Prompt
-from tests.algorithms.world import PROMPTS, policy, prompt, raw_logprobs, rollout, rows_of, source, template
+from alignlab.types import Completion, Example, Group, Labelled, LoopState, Pair, Prompt
+from tests.algorithms.world import LABELLED, PROMPTS, policy, prompt, raw_logprobs, rollout, rows_of, source, template
+from tests.statistics.mutants import mutated
 from tests.tolerances import EXACT, FLOAT64
 
 STATE = LoopState(seed=42, phase=3)
@@ -54,11 +60,40 @@ TWO = (completion("2"), completion("hi there"))
 def test_weighted_sum_of_what_applies() -> None:
     """2 * .5 + 3 * -1 = -2 for the first; the second has no `b`: 2 * .25 = .5."""
     combined = combine([reward([0.5, 0.25], "a", 2.0), reward([-1, None], "b", 3.0)], TWO_PROMPTS, TWO)
-    assert combined == [(-2.0, {"a": 0.5, "b": -1.0}), (0.5, {"a": 0.25})]
+    assert combined == [(-2.0, {"a": 0.5, "b": -1.0}, None), (0.5, {"a": 0.25}, None)]
+
+
+def test_token_scores_add_up() -> None:
+    """Completions of two tokens. a: 2 (.5, .25) = (1, .5); b: 3 (-1, 1) = (-3, 3) for the first, the number 2 for the
+    second; c: the number 4 at weight .5. Totals: 1.5 + 0 + 2 = 3.5 and 2 (.1 + .2) + 3 * 2 + 2 = 8.6; what counts by
+    token is a + b for the first, a alone for the second."""
+    rewards = [
+        reward([[0.5, 0.25], (0.1, 0.2)], "a", 2.0),
+        reward([np.array([-1, 1]), 2], "b", 3.0),
+        reward([4.0, 4.0], "c", 0.5),
+    ]
+    first, second = combine(rewards, TWO_PROMPTS, TWO)
+    assert first.reward == pytest.approx(3.5) and second.reward == pytest.approx(8.6)
+    assert first.breakdown == pytest.approx({"a": 0.75, "b": 0.0, "c": 4.0})
+    assert second.breakdown == pytest.approx({"a": 0.3, "b": 2.0, "c": 4.0})
+    assert first.token_scores == pytest.approx((-2.0, 3.5)) and second.token_scores == pytest.approx((0.2, 0.4))
+    assert combine([reward([4.0, 4.0])], TWO_PROMPTS, TWO)[0].token_scores is None
+
+
+def test_nobody_has_to_judge_a_second_attempt() -> None:
+    """A redraw may be at one prompt, of a task that has no reward; a whole phase of those is a broken recipe."""
+    silent = [reward([1.0], tasks=("elsewhere",))]
+    (judged, _) = combine(silent, TWO_PROMPTS, TWO, any_judged=False)
+    assert math.isnan(judged.reward) and judged.breakdown == {} and judged.token_scores is None
+    run = source(rewards=silent)
+    with pytest.raises(UserError, match="judged any of 2 completions"):
+        run.rollouts(policy(), 1, 2, STATE)
+    (group,) = run.rollouts(policy(), 1, 2, STATE, attempt=1)
+    assert all(math.isnan(r.reward) for r in group.rollouts)
 
 
 def test_a_completion_nobody_judges_is_nan() -> None:
-    (first, _), (second, breakdown) = combine([reward([0.5, None])], TWO_PROMPTS, TWO)
+    (first, _, _), (second, breakdown, _) = combine([reward([0.5, None])], TWO_PROMPTS, TWO)
     assert first == 0.5 and math.isnan(second) and breakdown == {}
 
 
@@ -71,18 +106,18 @@ def test_tasks_restrict_what_a_function_sees() -> None:
 
     combined = combine([reward(talk, tasks=("talk",)), reward(talk, "none", tasks=("elsewhere",))], TWO_PROMPTS, TWO)
     assert seen == [(["talk"], ["hi there"])]
-    assert math.isnan(combined[0][0]) and combined[1] == (7.0, {"mine": 7.0})
+    assert math.isnan(combined[0][0]) and combined[1] == (7.0, {"mine": 7.0}, None)
 
 
 def test_one_name_with_two_weights() -> None:
     """The same function for two tasks, at weights 1 and 10."""
     rewards = [reward([2.0], "exact", 1.0, ("sums",)), reward([3.0], "exact", 10.0, ("talk",))]
-    assert [r for r, _ in combine(rewards, TWO_PROMPTS, TWO)] == [2.0, 30.0]
+    assert [r for r, _, _ in combine(rewards, TWO_PROMPTS, TWO)] == [2.0, 30.0]
 
 
 def test_numpy_numbers_are_numbers() -> None:
     values = [np.float32(0.5), np.int64(2)]
-    assert combine([reward(values)], TWO_PROMPTS, TWO) == [(0.5, {"mine": 0.5}), (2.0, {"mine": 2.0})]
+    assert combine([reward(values)], TWO_PROMPTS, TWO) == [(0.5, {"mine": 0.5}, None), (2.0, {"mine": 2.0}, None)]
 
 
 def test_nothing_to_judge() -> None:
@@ -123,7 +158,11 @@ SECOND = "prompt 'talk/hello', completion 'hi there'"
         ([math.inf, 1.0], f"returned inf for {FIRST}"),
         (["1.0", 1.0], f"returned '1.0' for {FIRST}"),
         ([1.0, True], f"returned True for {SECOND}"),
-        ([[1.0], 1.0], rf"returned \[1.0\] for {FIRST}"),
+        ([[1.0], 1.0], rf"returned 1 token scores for {FIRST}, which has 2 tokens; one finite float for each"),
+        ([1.0, [1.0, 2.0, 3.0]], f"returned 3 token scores for {SECOND}, which has 2 tokens"),
+        ([[1.0, math.nan], 1.0], rf"returned \[1.0, nan\] for {FIRST}; a finite float or None is needed"),
+        ([1.0, (True, 0.0)], rf"returned \(True, 0.0\) for {SECOND}"),
+        ([["1", 0.0], 1.0], rf"returned \['1', 0.0\] for {FIRST}"),
         (raises, f"raised KeyError: 'answer.nmissing' on {FIRST}"),
         (raises_on_the_second, f"raised ValueError: no number in it on {SECOND}"),
         (raises_on_more_than_one, f"raised RuntimeError: too many on 2 completions together, the first being {FIRST}"),
@@ -196,6 +235,32 @@ def test_a_prompt_that_comes_twice_is_sampled_anew() -> None:
         assert first != second
     once = source(prompts=PROMPTS[:3]).rollouts(policy(), 3, 4, replace(STATE, phase=6))
     assert ids(once) == ids(source(prompts=PROMPTS[:3]).rollouts(policy(), 3, 4, replace(STATE, phase=6)))
+
+
+def test_every_attempt_draws_other_prompts_and_other_completions() -> None:
+    """And the same ones every time; attempt 0 is what a phase draws anyway."""
+    first, second, third = (source().rollouts(policy(), 4, 2, STATE, attempt=k) for k in range(3))
+    assert source().rollouts(policy(), 4, 2, STATE) == first
+    assert source().rollouts(policy(), 4, 2, STATE, attempt=1) == second
+    orders = [[g.rollouts[0].prompt.id for g in groups] for groups in (first, second, third)]
+    assert orders[0] != orders[1] != orders[2] != orders[0]
+    shared = set(orders[0]) & set(orders[1])
+    assert shared, "prompts that both attempts have"
+    for name in shared:
+        one, other = (ids([g for g in groups if g.rollouts[0].prompt.id == name]) for groups in (first, second))
+        assert one != other
+
+
+def test_without_rewards_nothing_is_judged_where_none_is_needed() -> None:
+    """The same completions; every reward NaN, and no metric that speaks of rewards. Where one is needed: an error."""
+    plain = source(rewards=())
+    groups = plain.rollouts(policy(), 4, 2, STATE, needs_reward=False)
+    assert ids(groups) == ids(source().rollouts(policy(), 4, 2, STATE, needs_reward=False))
+    assert all(math.isnan(r.reward) and not r.breakdown for g in groups for r in g.rollouts)
+    assert all(not name.startswith(("reward/", "group/")) for name in rollout_metrics(groups))
+    assert source().rollouts(policy(), 4, 2, STATE, needs_reward=False) == source().rollouts(policy(), 4, 2, STATE)
+    with pytest.raises(UserError, match="none is named"):
+        plain.rollouts(policy(), 4, 2, STATE)
 
 
 @pytest.mark.parametrize("filters", [{"top_p": 0.9}, {"top_k": 5}, {"min_p": 0.1}, {"greedy": True}])
@@ -285,6 +350,67 @@ def test_metrics_and_tensors() -> None:
     assert "group/constant_fraction" not in rollout_metrics([Group(rollouts=(made[0],))])
 
 
+def judged(task: str, **values: float) -> Any:
+    """A rollout that earned the given components; the number it totals does not matter here."""
+    made = rollout(policy(), "1+1", "a", reward=sum(values.values()) if values else math.nan, shift=(0, 0))
+    return replace(made, prompt=replace(made.prompt, task=task), breakdown=values)
+
+
+def test_components() -> None:
+    """a applies to all at weight 2; b, at 3 for sums and 5 for talk, comes weighted already: 3 * 1 = 3, 5 * 2 = 10."""
+    rewards = [
+        reward(None, "a", 2.0), reward(None, "b", 3.0, ("sums",)), reward(None, "b", 5.0, ("talk",)), reward(None, "c"),
+    ]  # fmt: skip
+    groups = [
+        Group(rollouts=(judged("sums", a=0.5, b=1.0), judged("sums", a=0.25))),
+        Group(rollouts=(judged("talk", b=2.0, c=7.0), judged("talk"))),
+    ]
+    like = torch.zeros(1, dtype=torch.float64)
+    components, weights = component_tensor(groups, rewards, like)
+    nan = math.nan
+    expected = torch.tensor([[0.5, 0.25, nan, nan], [3, nan, 10, nan], [nan, nan, 7, nan]], dtype=torch.float64)
+    assert_close(components, expected, equal_nan=True, **EXACT)
+    assert_close(weights, torch.tensor([2, 1, 1], dtype=torch.float64), **EXACT)
+    same = [reward(None, "b", 3.0, ("sums",)), reward(None, "b", 3.0, ("talk",))]
+    components, weights = component_tensor(groups, same, like)
+    assert_close(components, torch.tensor([[1, nan, 2, nan]], dtype=torch.float64), equal_nan=True, **EXACT)
+    assert weights.tolist() == [3.0]
+
+
+@pytest.mark.parametrize(
+    "rewards, constant",
+    [((1.0, 1.0), True), ((1.0, 2.0), False), ((1.0, math.nan), True), ((math.nan, math.nan), True),
+     ((1.0, math.nan, 2.0), False)],
+)  # fmt: skip
+def test_constant_groups(rewards: tuple[float, ...], constant: bool) -> None:
+    made = rollout(policy(), "1+1", "a", reward=0.0, shift=(0, 0))
+    assert is_constant(Group(rollouts=tuple(replace(made, reward=r) for r in rewards))) == constant
+
+
+@pytest.mark.parametrize(
+    "text, replacement, test",
+    [
+        ("value = float(value.sum())", "value = float(value.mean())", test_token_scores_add_up),
+        ("before is None else before + reward", "before is None else reward", test_token_scores_add_up),
+        ("by_token[i] = reward.weight * value", "by_token[i] = value", test_token_scores_add_up),
+        ("any_judged=not attempt", "any_judged=True", test_nobody_has_to_judge_a_second_attempt),
+        ("SEED_STRIDE * attempt", "0 * attempt", test_every_attempt_draws_other_prompts_and_other_completions),
+        ("math.nan) for f, r in", "0.0) for f, r in", test_components),
+        ("1.0 if same else by_task", "1.0 if True else by_task", test_components),
+        ("given[0].weight if same else 1.0", "given[0].weight", test_components),
+    ],
+)  # fmt: skip
+def test_mutants_are_noticed(text: str, replacement: str, test: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    changed = mutated(rollout_module, text, replacement)
+    here = sys.modules[__name__]
+    for name in ("combine", "component_tensor", "is_constant"):
+        monkeypatch.setattr(here, name, getattr(changed, name))
+    usual = source
+    monkeypatch.setattr(here, "source", lambda **changes: changed.Source(**vars(usual(**changes))))
+    with pytest.raises((AssertionError, UserError, pytest.fail.Exception)):
+        test()
+
+
 # ---- rows within limits ----------------------------------------------------------------------------------------------
 
 TIGHT = Limits(max_prompt_tokens=22, max_completion_tokens=4)
@@ -307,6 +433,65 @@ def test_rows_that_do_not_fit_are_left_out() -> None:
     with pytest.raises(UserError, match=r"raise data\.max_prompt_tokens"):
         fitting_prompts([long], template(), TIGHT)
     assert encode_examples([], template(), TIGHT) == []
+
+
+def test_labelled_completions_fit_and_keep_their_label() -> None:
+    asked, long = prompt("2"), prompt("a much longer question than fits")
+    items = [
+        Labelled(prompt=asked, completion="abcdefgh", label=False),
+        Labelled(prompt=long, completion="a", label=True),
+        Labelled(prompt=asked, completion="a", label=True),
+    ]
+    cut, kept = encode_labelled(items, template(), TIGHT)
+    assert [cut.label, kept.label] == [False, True]
+    assert len(cut.row.completion_ids) == TIGHT.max_completion_tokens
+    assert cut.row.completion_ids[-1] == kept.row.completion_ids[-1] == template().encode_completion("a")[-1]
+    with pytest.raises(UserError, match="none of 1 rows is left"):
+        encode_labelled(items[1:2], template(), TIGHT)
+
+
+def test_labels_follow_their_rows() -> None:
+    """Microbatches are sorted by length; each row keeps its own label."""
+    batches = source(microbatch_rows=3).labelled_batches(8, STATE)
+    assert [len(b) for b in batches] == [3, 3, 2]
+    found = []
+    for batch in batches:
+        assert batch.labels is not None and batch.labels.dtype == torch.bool
+        for ids, mask, label in zip(batch.input_ids, batch.completion_mask, batch.labels.tolist(), strict=True):
+            found.append((template().decode(ids[mask].tolist()), label))
+    assert sorted(found) == sorted((item.completion, item.label) for item in LABELLED)
+
+
+def test_known_reference_logprobs_come_along_in_their_places() -> None:
+    """The numbers of each row stand at its completion tokens, in double precision; of a stranger's batch, none."""
+    world = source(microbatch_rows=3)
+    rows = [item.row for item in world.labelled]
+    table = {row: torch.arange(len(row.completion_ids), dtype=torch.float64) - 10.0 * i for i, row in enumerate(rows)}
+    for batch in replace(world, reference=table).labelled_batches(8, STATE):
+        assert batch.reference_logprobs is not None and batch.reference_logprobs.dtype == torch.float64
+        for ids, attended, mask, numbers in zip(
+            batch.input_ids, batch.attention_mask, batch.completion_mask, batch.reference_logprobs, strict=True
+        ):
+            (row,) = [r for r in rows if r.prompt_ids + r.completion_ids == tuple(ids[attended].tolist())]
+            assert torch.equal(numbers[mask], table[row]) and not numbers[~mask].any()
+    del table[rows[0]]
+    given = [b.reference_logprobs is None for b in replace(world, reference=table).labelled_batches(8, STATE)]
+    assert sum(given) == 1
+
+
+def test_pair_pieces_keep_pairs_together() -> None:
+    """Rows picked from a batch as pairs, chosen ones first, in at most `microbatch_rows` rows."""
+    world = source(microbatch_rows=4)
+    batch = world.plan_rows([item.row for item in world.labelled][:4])[0]
+    chosen, rejected = torch.tensor([0, 3, 2]), torch.tensor([1, 0, 1])
+    pieces = world.pair_pieces(batch, chosen, rejected)
+    assert sorted(len(p) for p in pieces) == [2, 4]
+
+    def text(b: Any, i: int) -> str:
+        return template().decode(b.input_ids[i][b.completion_mask[i]].tolist())
+
+    found = {(text(p, i), text(p, i + len(p) // 2)) for p in pieces for i in range(len(p) // 2)}
+    assert found == {(text(batch, int(a)), text(batch, int(b))) for a, b in zip(chosen, rejected, strict=True)}
 
 
 def test_pairs_that_are_equal_after_truncation_are_left_out() -> None:

@@ -21,7 +21,7 @@ from tests.runs import debug_run, metric_keys, rows
 
 GLOSSARY = Path(__file__).parents[1] / "docs" / "metrics.md"
 SOURCES = Path(__file__).parents[1] / "src" / "alignlab"
-STARTER = ("sft", "reward_model", "dpo", "ppo", "grpo", "pipeline")
+STARTER = ("sft", "reward_model", "dpo", "ppo", "grpo", "rejection", "distill", "pipeline")
 
 
 def tracker(folder: Path, **options: Any) -> Tracker:
@@ -237,7 +237,7 @@ def test_every_logged_metric_is_in_the_glossary(recipe: str) -> None:
     assert not missing, f"explain them in {GLOSSARY.relative_to(GLOSSARY.parents[1])}"
 
 
-AREAS = "loss|policy|preference|reward|reward_model|value|completion|group|time|ledger"
+AREAS = "loss|policy|preference|reward|reward_model|value|completion|group|rejection|distill|inference|time|ledger"
 ROLES = ("policy", "value_model", "reward_model")
 
 
@@ -255,8 +255,10 @@ def test_every_metric_of_the_source_is_in_the_glossary() -> None:
 
 
 def test_the_glossary_has_nothing_that_is_never_written() -> None:
-    named_otherwise = {"phase", "step", "phases_done", "ended", "score", "reward/NAME", "TASK/accuracy"}
-    totals = ("trained_rows", "trained_tokens", "optimizer_steps", "phases", "seconds", "peak_memory_bytes")
+    named_otherwise = {"phase", "step", "phases_done", "ended", "diagnosis", "score", "score_standard_error",
+                       "reward/NAME", "TASK/accuracy"}  # fmt: skip
+    totals = ("trained_rows", "trained_tokens", "optimizer_steps", "phases", "seconds", "peak_memory_bytes",
+              "evaluation_completions", "evaluation_generated_tokens")  # fmt: skip
     assert not glossary().keys() - written() - named_otherwise - {f"ledger/{name}" for name in totals}
 
 

@@ -14,7 +14,7 @@ from torch.testing import assert_close
 
 from alignlab.algorithms.grpo import GRPO
 from alignlab.algorithms.sft import SFT
-from alignlab.optim import Schedule
+from alignlab.optim import FIRST_SCALER, AdamWChoice, Schedule, build_optimizers
 from alignlab.train import IDENTITY_TOLERANCE, RunError, phase_seed, train, trained_modules
 from alignlab.types import Batch, Directive, LoopState, LossOutput, Phase, Role, Step
 from tests.algorithms.world import Recorder, loss_and_gradient, start_run
@@ -275,6 +275,125 @@ def test_a_gradient_that_is_not_finite_is_not_stepped() -> None:
 def test_a_step_with_nothing_to_train_on() -> None:
     with pytest.raises(RunError, match=r"phase 0, step 0: nothing to train on in this step \(normaliser 0\)"):
         loop(Toy(steps=(Step((batch(1),), 0.0),)), 1)
+
+
+# ---- float16 ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class HalfToy(Toy):
+    """The toy in float16; at the planted steps its gradient is infinite, as if it had overflowed."""
+
+    slope: float = 0.5  # times the first loss scale it fits float16, whose largest number is 65504
+    planted: tuple[int, ...] = ()
+    largest: float = math.inf
+    """Loss scale from which on the gradient overflows."""
+    scales: list[float] = field(default_factory=list)
+
+    def loss(self, models: Any, batch: Batch, state: LoopState) -> LossOutput:
+        self.scales.append(state.scaler["scale"])
+        total = self.slope * sum((m.weight.float().sum() for m in models.values()), torch.zeros(()))
+        if state.step in self.planted or state.scaler["scale"] > self.largest:
+            total.register_hook(lambda gradient: gradient * math.inf)
+        return LossOutput(total, {})
+
+
+def half_loop(toy: Toy, num_phases: int, state: LoopState | None = None, policy: float = 1.0) -> Loop:
+    """Runs a toy whose policy is in float16 (and whose critic is not), with the real optimisers."""
+    models = {name: weight(policy).half() if name == "policy" else weight() for name in toy.roles}
+    optimizers = build_optimizers(toy.roles, models, AdamWChoice())
+    made = Loop(toy, models, optimizers, Recorder(), state or LoopState(seed=7))  # type: ignore[arg-type]
+    for finished in train(toy, models, optimizers, None, made.state, num_phases=num_phases,  # type: ignore[arg-type]
+                          schedule=Schedule(), tracker=made.recorder):  # type: ignore[arg-type]  # fmt: skip
+        made.state = finished.state
+    return made
+
+
+ONE = (Step((batch(1),), 1.0),)
+
+
+def test_the_loss_scale_is_taken_out_again() -> None:
+    """Slope .5: the gradient is .5 whatever the scale, and clipping and logging see that one."""
+    run = half_loop(HalfToy(steps=ONE, roles={"policy": FREE}), 2)
+    assert [r["policy/grad_norm"] for r in run.recorder.rows] == [0.5, 0.5]
+    assert [r["loss/total"] for r in run.recorder.rows] == [0.5, pytest.approx(0.45, abs=1e-3)]
+    assert [(r["loss/scale"], r["loss/skipped_steps"]) for r in run.recorder.rows] == [(65536.0, 0.0)] * 2
+    assert run.state.scaler == {"scale": 65536.0, "good_steps": 2.0, "skipped_steps": 0.0}
+    assert_close(run.value(), torch.tensor(0.8, dtype=torch.float16))
+
+
+def test_tiny_gradients_survive() -> None:
+    """A slope of 1e-8 is 0 in float16, the smallest of whose numbers is 6e-8; at 65536 times that it is not."""
+    run = half_loop(HalfToy(steps=ONE, roles={"policy": FREE}, slope=1e-8), 1)
+    assert run.recorder.rows[0]["policy/grad_norm"] == pytest.approx(1e-8, rel=1e-3)
+
+
+def test_an_overflowed_step_is_skipped_for_every_role() -> None:
+    """Nothing of it arrives: neither in the policy, nor in the critic beside it, nor in any momentum."""
+    roles = {"policy": FREE, "value_model": FREE}
+    run = half_loop(HalfToy(steps=ONE * 3, roles=roles, planted=(1,)), 1)
+    assert ["policy/grad_norm" in r for r in run.recorder.rows] == [True, False, True]
+    assert [r["loss/scale"] for r in run.recorder.rows] == [65536.0, 65536.0, 32768.0]
+    assert [r["loss/skipped_steps"] for r in run.recorder.rows] == [0.0, 1.0, 1.0]
+    assert run.state.step == 3 and run.state.scaler == {"scale": 32768.0, "good_steps": 1.0, "skipped_steps": 1.0}
+    without = half_loop(HalfToy(steps=ONE * 2, roles=roles), 1)
+    for name in roles:
+        assert_close(run.value(name), without.value(name), **EXACT)
+        (ours, theirs) = (next(iter(r.optimizers[name].state.values())) for r in (run, without))
+        assert ours.keys() == theirs.keys() == {"step", "exp_avg", "exp_avg_sq"}
+        assert all(torch.equal(ours[key], theirs[key]) for key in ours)
+
+
+def test_the_scale_finds_its_place_and_goes_on_from_a_state() -> None:
+    toy = HalfToy(steps=ONE * 6, roles={"policy": FREE}, largest=5000.0)
+    run = half_loop(toy, 1)
+    assert toy.scales == [65536.0, 32768.0, 16384.0, 8192.0, 4096.0, 4096.0]
+    again = HalfToy(steps=ONE, roles={"policy": FREE})
+    half_loop(again, 2, state=run.state)
+    assert again.scales == [4096.0]
+
+
+def test_an_overflow_that_no_scale_cures_ends_the_run() -> None:
+    toy = HalfToy(steps=ONE * 40, roles={"policy": FREE}, largest=0.0)
+    with pytest.raises(RunError, match=r"phase 0, step 29: gradients overflow in float16 .*bfloat16 or float32"):
+        half_loop(toy, 1)
+
+
+def test_a_role_that_has_not_started_does_not_hold_up_the_others() -> None:
+    """Its gradient, infinite or not, is thrown away."""
+
+    class Bad(HalfToy):
+        def loss(self, models: Any, batch: Batch, state: LoopState) -> LossOutput:
+            own, other = (models[name].weight.float().sum() for name in ("policy", "value_model"))
+            own.register_hook(lambda gradient: gradient * math.inf)
+            return LossOutput(own + other, {})
+
+    late = Role(learning_rate=0.1, max_grad_norm=1e9, start_step=1)
+    run = half_loop(Bad(steps=ONE, roles={"policy": late, "value_model": FREE}), 1)
+    assert run.state.scaler["skipped_steps"] == 0.0 and "value_model/grad_norm" in run.recorder.rows[0]
+
+
+def test_other_types_have_no_scale() -> None:
+    assert loop(Toy(), 1).state.scaler == {}
+    assert FIRST_SCALER["scale"] == 65536.0
+
+
+def test_bfloat16_learns_as_float32_does() -> None:
+    """At a rate below the rounding of its weights; stepped in bfloat16 themselves they would not learn at all."""
+
+    def fall(dtype: torch.dtype, masters: bool = True) -> float:
+        run = start_run(SFT(examples_per_step=8, learning_rate=1e-4), dtype=dtype, start=3)
+        if not masters:
+            parameters = list(run.models["policy"].parameters())
+            run.optimizers = {"policy": torch.optim.AdamW(parameters, lr=1e-4, weight_decay=0.0)}  # type: ignore[dict-item]
+        run.go(40)
+        losses = run.column("loss/total")
+        return float(losses[0] - losses[-1])
+
+    expected = fall(torch.float32)
+    assert expected > 0.2
+    assert fall(torch.bfloat16) == pytest.approx(expected, rel=0.1)
+    assert abs(fall(torch.bfloat16, masters=False)) < 0.1 * expected
 
 
 # ---- state and log ---------------------------------------------------------------------------------------------------

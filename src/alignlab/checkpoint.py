@@ -30,6 +30,8 @@ from alignlab.types import LoopState
 
 FORMAT = 1
 MANIFEST = "manifest.json"
+MASTER = "master"
+"""Beside AdamW's own tensors of a parameter: its float32 copy, where it is in half precision."""
 
 
 @dataclass(frozen=True)
@@ -67,7 +69,7 @@ def save_checkpoint(
         for name, model in models.items():
             _save_role(name, model, models, partial)
         for name, optimizer in optimizers.items():
-            _save_optimizer(optimizer, partial / f"optimizer.{name}")
+            _save_optimizer(optimizer, _masters(optimizer, models), partial / f"optimizer.{name}")
         _save_rng(partial)
         _write_json(partial / "state.json", {"format": FORMAT, "state": asdict(state), "contract": dict(contract)})
         seal(partial)
@@ -85,13 +87,13 @@ def save_checkpoint(
     return final
 
 
-def seal(folder: Path) -> None:
-    """Fsyncs every file of a folder and writes its manifest of sizes and sha256 sums last."""
+def seal(folder: Path, **notes: Any) -> None:
+    """Fsyncs every file of a folder and writes its manifest last: sizes, sha256 sums, and what else is to be noted."""
     files = sorted(p for p in folder.rglob("*") if p.is_file())
     for path in files:
         _fsync(path)
     listing = {p.relative_to(folder).as_posix(): {"size": p.stat().st_size, "sha256": file_hash(p)} for p in files}
-    _write_json(folder / MANIFEST, {"format": FORMAT, "files": listing})
+    _write_json(folder / MANIFEST, {"format": FORMAT, **notes, "files": listing})
     _fsync(folder / MANIFEST)
     for directory in {p.parent for p in files} | {folder, folder.parent}:
         _fsync(directory)
@@ -171,7 +173,7 @@ def load_checkpoint(
     for name, model in models.items():
         _load_role(name, model, models, folder)
     for name, optimizer in optimizers.items():
-        _load_optimizer(optimizer, folder / f"optimizer.{name}")
+        _load_optimizer(optimizer, _masters(optimizer, models), folder / f"optimizer.{name}")
     _load_rng(folder)
     return LoopState(**saved["state"])
 
@@ -203,11 +205,19 @@ def _tensor_bytes(models: Mapping[str, nn.Module], optimizers: Mapping[str, torc
     """Size of a checkpoint but for its small files (an upper bound: of a model with an adapter, all weights count)."""
     tensors = {id(t): t for model in models.values() for t in model.state_dict(keep_vars=True).values()}
     tensors |= {id(t): t for o in optimizers.values() for state in o.state.values() for t in state.values()}
+    tensors |= {id(p): p for o in optimizers.values() for p in _masters(o, models).values()}
     return sum(t.numel() * t.element_size() for t in tensors.values())
 
 
-def _save_optimizer(optimizer: torch.optim.Optimizer, stem: Path) -> None:
-    tensors: dict[str, Tensor] = {}
+def _masters(optimizer: torch.optim.Optimizer, models: Mapping[str, nn.Module]) -> dict[str, nn.Parameter]:
+    """What an optimiser steps and no model holds, the float32 copies of weights in half precision, by name."""
+    held = {id(p) for model in models.values() for p in model.parameters()}
+    parameters = enumerate(p for group in optimizer.param_groups for p in group["params"])
+    return {f"{index}.{MASTER}": p for index, p in parameters if id(p) not in held}
+
+
+def _save_optimizer(optimizer: torch.optim.Optimizer, masters: Mapping[str, nn.Parameter], stem: Path) -> None:
+    tensors: dict[str, Tensor] = {name: master.detach().cpu() for name, master in masters.items()}
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     for index, parameter in enumerate(parameters):
         for key, value in optimizer.state.get(parameter, {}).items():
@@ -217,8 +227,11 @@ def _save_optimizer(optimizer: torch.optim.Optimizer, stem: Path) -> None:
     _write_json(Path(f"{stem}.json"), {"param_groups": groups})
 
 
-def _load_optimizer(optimizer: torch.optim.Optimizer, stem: Path) -> None:
+def _load_optimizer(optimizer: torch.optim.Optimizer, masters: Mapping[str, nn.Parameter], stem: Path) -> None:
     tensors = load_file(f"{stem}.safetensors")
+    with torch.no_grad():
+        for name, master in masters.items():
+            master.copy_(tensors.pop(name))
     state: dict[int, dict[str, Tensor]] = {}
     for name, value in tensors.items():
         index, key = name.split(".", 1)

@@ -29,6 +29,8 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+doctor = typer.Typer(help="Examine what was trained, before something is trained on it.", no_args_is_help=True)
+app.add_typer(doctor, name="doctor")
 RecipePath = Annotated[Path, typer.Argument(help="Recipe file, YAML or JSON.", show_default=False)]
 Overrides = Annotated[
     list[str] | None, typer.Argument(metavar="[key=value]...", help="Recipe keys to replace.", show_default=False)
@@ -92,6 +94,25 @@ def train(
 
 
 @app.command()
+def explain(
+    recipe: RecipePath,
+    overrides: Overrides = None,
+    debug: Debug = False,
+    as_json: Annotated[bool, typer.Option("--json", help="For machines.")] = False,
+) -> None:
+    """Say what a recipe does, in numbers: its loss, KL, masks, batches, and how it differs. Loads no model."""
+    from alignlab import explain as explaining
+    from alignlab.recipe import load_recipe
+
+    explained = explaining.explain(load_recipe(_find(recipe), overrides or [], debug=debug))
+    if as_json:
+        print(explaining.as_json(explained))
+    else:
+        console = Console(highlight=False)
+        console.print(explaining.render(explained, console.width))
+
+
+@app.command()
 def study(
     recipe: RecipePath,
     overrides: Overrides = None,
@@ -119,6 +140,67 @@ def demo(
 ) -> None:
     """SFT, DPO, PPO and GRPO on the embedded starter model, three seeds each, and the report."""
     study(recipes_folder() / "studies" / "starter.yaml", None, output, debug)
+
+
+@app.command()
+def merge(
+    run: Annotated[Path, typer.Argument(help="Finished run, or a folder with an adapter.", show_default=False)],
+    output: Annotated[Path, typer.Option("--output", "-o", help="New folder for the model.", show_default=False)],
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16; auto: as the base model's.")] = "auto",
+) -> None:
+    """Merge a run's adapter into its base model, check that it is the same model, and write it as a plain folder."""
+    from alignlab.export import merge_run
+
+    found = merge_run(run, output, dtype=dtype)
+    print(f"merged model: {output} ({found['dtype']})")
+    print(
+        f"largest logit difference to the adapter: {found['largest_logit_difference']:.2g} (the adapter changes logits "
+        f"by up to {found['adapter_effect']:.3g})"
+    )
+    if "difference_to_trained" in found:
+        print(
+            f"it was trained on {found['trained_on']} weights: logits differ from that by up to "
+            f"{found['difference_to_trained']:.3g}; evaluate the merged model before you rely on it"
+        )
+
+
+@doctor.command("reward")
+def doctor_reward(
+    run: Annotated[Path, typer.Argument(help="Finished run that trained a reward model.", show_default=False)],
+    pairs: Annotated[
+        Path | None, typer.Option(help="File of other pairs; default: the run's validation pairs.", show_default=False)
+    ] = None,
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", "-o", help="Folder for the findings; default: the run's.", show_default=False),
+    ] = None,
+    limit: Annotated[int, typer.Option(help="The most pairs to score.", min=2)] = 1000,
+    seed: Annotated[int, typer.Option(help="Of everything drawn at random.", min=0)] = 0,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")] = False,
+) -> None:
+    """Say whether a reward model is fit for RL, and why. Exit code 0 if it is, 1 if not.
+
+    Findings in the run's own folder are heeded: the reward `learned` refuses a model that is not fit.
+    """
+    with _stoppable("the same command starts again"):
+        from alignlab.doctor import examine_run, terminal_tables, write
+
+        def say(line: str) -> None:
+            if not quiet:
+                print(line, file=sys.stderr)
+
+        examined = examine_run(run, pairs=pairs, limit=limit, seed=seed, say=say)
+        console, examination = Console(highlight=False), examined.examination
+        for table in terminal_tables(examined):
+            console.print(table)
+            console.print()
+        for warning in examination.warnings:
+            print(f"note: {warning}")
+        numbers, page = write(examined, output or examined.stage.folder)
+        print(f"{numbers}\n{page}")
+        print(": ".join([examination.verdict, *(["; ".join(examination.reasons)] if examination.reasons else [])]))
+    if not examination.fit:
+        raise typer.Exit(1)
 
 
 @app.command()

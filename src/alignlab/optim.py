@@ -1,16 +1,28 @@
-"""Optimisers and schedules: roles and their models -> AdamW, a learning rate for every phase, clipped steps."""
+"""Optimisers and schedules: roles and their models -> AdamW, a learning rate for every phase, clipped steps.
+
+Parameters in half precision are stepped as float32 copies, their gradients added up in float32 (arXiv:1710.03740).
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Literal
+from functools import partial
+from typing import Any, Literal
 
 import torch
 from torch import nn
 
 from alignlab.types import Role
+
+HALF = (torch.bfloat16, torch.float16)
+FIRST_SCALER: Mapping[str, float] = {"scale": 2.0**16, "good_steps": 0.0, "skipped_steps": 0.0}
+"""The loss scale that float16 training starts with, the steps it has held, and the steps skipped so far."""
+GOOD_STEPS = 2000
+"""Steps without overflow after which the loss scale is doubled."""
+LEAST_SCALE = 1e-4
+"""A loss scale below this means that it is not the scale that overflows."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,11 +59,48 @@ class Schedule:
         return 1.0
 
 
+class MasterAdamW(torch.optim.AdamW):
+    """AdamW that steps a float32 copy (the master) of every parameter in half precision, and rounds it back.
+
+    An update smaller than the rounding of a half-precision weight (1/256 of it in bfloat16) would be lost each time; in
+    the master such updates add up. What a backward pass leaves in the parameter's gradient goes to the master's, in
+    float32, and is dropped there and then. `param_groups` and `state` are those of the masters.
+    """
+
+    def __init__(self, groups: Iterable[Mapping[str, Any]], **options: Any) -> None:
+        self.masters: list[tuple[nn.Parameter, nn.Parameter]] = []
+        """(master, the model's parameter) pairs."""
+        super().__init__([{**g, "params": [self._stepped(p) for p in g["params"]]} for g in groups], **options)
+
+    def _stepped(self, parameter: nn.Parameter) -> nn.Parameter:
+        if parameter.dtype not in HALF:
+            return parameter
+        master = nn.Parameter(parameter.detach().float())
+        parameter.register_post_accumulate_grad_hook(partial(_hand_over, master))  # type: ignore[no-untyped-call]
+        self.masters.append((master, parameter))
+        return master
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> Any:
+        result = super().step(closure)
+        for master, parameter in self.masters:
+            parameter.copy_(master)
+        return result
+
+
+def _hand_over(master: nn.Parameter, parameter: torch.Tensor) -> None:
+    """After each backward pass: the gradient moves to the master."""
+    gradient = parameter.grad
+    assert gradient is not None, "a parameter in half precision has two optimisers"
+    master.grad = gradient.float() if master.grad is None else master.grad.add_(gradient)
+    parameter.grad = None
+
+
 def build_optimizers(
     roles: Mapping[str, Role], models: Mapping[str, nn.Module], choice: AdamWChoice
-) -> dict[str, torch.optim.AdamW]:
+) -> dict[str, MasterAdamW]:
     """One AdamW for every trained role; a parameter that two roles share belongs to the first."""
-    optimizers: dict[str, torch.optim.AdamW] = {}
+    optimizers: dict[str, MasterAdamW] = {}
     owned: set[int] = set()
     for name, role in roles.items():
         if not role.trained:
@@ -62,7 +111,7 @@ def build_optimizers(
             {"params": [p for p in parameters if p.dim() > 1], "weight_decay": choice.weight_decay},
             {"params": [p for p in parameters if p.dim() <= 1], "weight_decay": 0.0},
         ]
-        optimizers[name] = torch.optim.AdamW(
+        optimizers[name] = MasterAdamW(
             [g for g in groups if g["params"]],
             lr=role.learning_rate,
             betas=(choice.beta1, choice.beta2),
@@ -72,7 +121,7 @@ def build_optimizers(
 
 
 def parameters_of(optimizer: torch.optim.Optimizer) -> list[nn.Parameter]:
-    """The parameters an optimiser steps, in its own order."""
+    """The parameters an optimiser steps (masters where it has some), in its own order."""
     return [p for group in optimizer.param_groups for p in group["params"]]
 
 
@@ -87,3 +136,20 @@ def clipped_step(optimizer: torch.optim.Optimizer, max_norm: float, learning_rat
             group["lr"] = learning_rate
         optimizer.step()
     return norm
+
+
+def unscale(optimizers: Iterable[torch.optim.Optimizer], scale: float) -> bool:
+    """Divides all gradients by the loss scale, in place; False if one of them is infinite or NaN."""
+    gradients = [p.grad for o in optimizers for p in parameters_of(o) if p.grad is not None]
+    for gradient in gradients:
+        gradient.div_(scale)
+    return not gradients or bool(torch.stack([g.isfinite().all() for g in gradients]).all())
+
+
+def next_scaler(scaler: Mapping[str, float], finite: bool) -> dict[str, float]:
+    """The loss scaler after a step: halved by an overflow, doubled after every `GOOD_STEPS` steps without one."""
+    if not finite:
+        return {"scale": scaler["scale"] / 2, "good_steps": 0.0, "skipped_steps": scaler["skipped_steps"] + 1}
+    good = scaler["good_steps"] + 1
+    grown = good == GOOD_STEPS
+    return {**scaler, "scale": scaler["scale"] * (2 if grown else 1), "good_steps": 0.0 if grown else good}

@@ -1,7 +1,7 @@
 """The typed recipe: YAML or JSON (+ `extends`, + key=value) -> a closed, frozen Recipe, written out resolved.
 
-A recipe is one stage, or a list of `stages` with shared defaults beside it. Every key is checked, and everything that
-is wrong is said at once, with the nearest valid name.
+A recipe is one stage, or a list of `stages` with shared defaults beside it; `preset: trl` beside an algorithm gives it
+that library's defaults. Every key is checked, and everything that is wrong is said at once, with the nearest valid name.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from ruamel.yaml.error import YAMLError
 
 from alignlab import registry
 from alignlab.algorithms import Algorithm, Hyperparameters
+from alignlab.diagnosis import DiagnosisLimits
 from alignlab.errors import UserError
 
 M = TypeVar("M", bound=BaseModel)
@@ -90,6 +91,9 @@ class ModelSection(Section):
     """Attention implementation; `auto` knows which models need eager."""
     adapter: AdapterSection | None = None
     """null trains every weight."""
+    quantization: Literal["4bit", "8bit"] | None = None
+    """Stores the linear layers' frozen weights in few bits: `4bit` is NF4 with double quantisation (QLoRA,
+    arXiv:2305.14314), `8bit` the weights of LLM.int8 (arXiv:2208.07339). Only with an adapter."""
     overrides: dict[str, Any] = {}
     """Configuration values to replace with `weights: random`."""
 
@@ -97,6 +101,12 @@ class ModelSection(Section):
     @classmethod
     def _lora_by_name(cls, value: object) -> object:
         return {} if value == "lora" else value
+
+    @model_validator(mode="after")
+    def _trainable(self) -> ModelSection:
+        if self.quantization and self.adapter is None:
+            raise ValueError(f"{self.quantization} weights cannot be trained: set adapter: lora or drop quantization")
+        return self
 
 
 class DataSection(Section):
@@ -155,23 +165,57 @@ class AdamWSection(Section):
     """Of matrices; norms and biases are never decayed."""
 
 
+class DiagnosisSection(DiagnosisLimits, Section):
+    """When a number of a running run counts as unusual, and which findings end it."""
+
+
 class TrainSection(Section):
     """The loop."""
 
     num_phases: int = Field(100, ge=1)
     """Phases: one optimiser step each offline; one round of sampling and its steps online."""
+    epochs: float | None = Field(None, gt=0)
+    """Passes over the training items instead of a number of phases; the last pass ends with a whole phase."""
     schedule: ScheduleSection = ScheduleSection()
     adamw: AdamWSection = AdamWSection()
     microbatch_rows: int = Field(64, ge=2)
     """Rows in one forward and backward pass; changes memory and speed, never the gradient."""
     sampling_rows: int = Field(512, ge=1)
     """Rows sampled at once."""
+    gradient_checkpointing: bool = False
+    """Computes the activations of trained models anew in the backward pass: less memory, a third slower, the same
+    gradients (arXiv:1604.06174)."""
     save_every: int = Field(20, ge=1)
     """Phases between checkpoints; one is always taken at the end."""
     keep_checkpoints: int = Field(2, ge=1)
     """Newest checkpoints kept."""
     log_completions: int = Field(16, ge=0)
     """Rollouts a phase written to completions.jsonl; 0 = none."""
+    diagnosis: DiagnosisSection = DiagnosisSection()
+
+    @model_validator(mode="after")
+    def _one_length(self) -> TrainSection:
+        default = type(self).model_fields["num_phases"].default
+        if self.epochs is not None and self.num_phases != default:
+            raise ValueError(f"num_phases {self.num_phases} and epochs {self.epochs:g} both say how long; set one to null")
+        return self
+
+    @field_validator("num_phases", mode="before")
+    @classmethod
+    def _null_is_the_default(cls, value: object) -> object:
+        return cls.model_fields["num_phases"].default if value is None else value
+
+
+
+class BestSection(Section):
+    """The result is the best policy that an evaluation of the run has seen, rather than the last one."""
+
+    kl_per_token_limit: float = Field(gt=0)
+    """The gate: only a policy at most so far from the start (nats a token, k1, on its own held-out completions) may
+    win. Document 001 aims at .05, later .01."""
+    metric: Literal["perplexity", "score"] = "score"
+    """What decides among those: the lowest perplexity of held-out demonstrations (document 001), or the highest score;
+    of equals the earlier."""
 
 
 class EvaluationSection(Section):
@@ -189,6 +233,23 @@ class EvaluationSection(Section):
     """Take the likeliest token instead of sampling."""
     kl_to_start: bool = True
     """Measure the KL to the policy training started from (a frozen copy of it stays in memory)."""
+    best_of: int = Field(1, ge=1)
+    """Candidates of each completion; the one with the highest training reward of the stage is graded. Costs that many
+    times the tokens; where the reward is the grader itself, the score is pass@n."""
+    perplexity: bool = False
+    """Also measure the perplexity of held-out demonstrations; `best.metric: perplexity` implies it."""
+    best: BestSection | None = None
+    """Which policy becomes the result; null = the last one."""
+
+    @model_validator(mode="after")
+    def _best_needs_candidates(self) -> EvaluationSection:
+        if (self.best or self.perplexity) and not self.prompts_per_task:
+            raise ValueError("best and perplexity are measured in evaluations; set prompts_per_task above 0")
+        if self.best and not self.every:
+            raise ValueError("best chooses among evaluations; set every to the phases between them")
+        if self.best and (self.greedy or not self.kl_to_start):
+            raise ValueError("best measures the KL to the start on samples; leave out greedy, and kl_to_start: false")
+        return self
 
 
 class RewardEntry(Section):
@@ -216,6 +277,9 @@ class Stage(Section):
     model."""
     reward_model: str | None = None
     """The reward model it uses: an earlier stage, a recipe file, or a run folder."""
+    teacher: str | None = None
+    """The frozen policy it distils: an earlier stage, a recipe file, a run folder, or a model (folder or hub id) with
+    the same tokenizer."""
     model: ModelSection = ModelSection()
     data: DataSection = DataSection()
     reward: dict[str, RewardEntry] = {}
@@ -257,6 +321,13 @@ class Stage(Section):
     def method(self) -> Algorithm:
         return cast(Algorithm, self.algorithm)
 
+    @model_validator(mode="after")
+    def _only_a_policy_has_a_best(self) -> Stage:
+        role = self.method.models().get("reward_model")
+        if role is not None and role.trained and (self.evaluation.best or self.evaluation.perplexity):
+            raise ValueError("evaluation.best and evaluation.perplexity are of a policy, but it trains a reward model")
+        return self
+
 
 class Recipe(Section):
     """What `alignlab train` runs, resolved."""
@@ -283,11 +354,11 @@ class Recipe(Section):
 
 
 DEBUG = {
-    "train": {"num_phases": 2, "save_every": 1},
+    "train": {"num_phases": 2, "epochs": None, "save_every": 1},
     "evaluation": {"prompts_per_task": 2, "every": 0, "samples": 1},
 }
 """What `--debug` sets on every stage: two phases, and an evaluation on a handful of prompts."""
-DEBUG_SIZES = {"prompts_per_phase": 2, "pairs_per_step": 4, "examples_per_step": 4, "group_size": 4}
+DEBUG_SIZES = {"prompts_per_phase": 2, "pairs_per_step": 4, "examples_per_step": 4, "group_size": 4, "keep": 1}
 """The most that `--debug` leaves of what a method uses a phase."""
 DEBUG_ROWS = 64
 """Rows of each source that `--debug` uses."""
@@ -320,16 +391,16 @@ def load_recipe(path: Path, overrides: Sequence[str] = (), *, debug: bool = Fals
 
 
 def parse_recipe(raw: Mapping[str, Any], path: Path, *, debug: bool = False) -> Recipe:
-    """A read mapping -> Recipe; relative `start`, `reward_model` and model folders are looked for beside `path`."""
+    """A read mapping -> Recipe; relative `start`, `reward_model` and `teacher` are looked for beside `path`."""
     raw = dict(raw)
-    shared = {k: raw.pop(k) for k in list(raw) if k in Stage.model_fields and k != "name"}
+    shared = {k: raw.pop(k) for k in list(raw) if k in {*Stage.model_fields, "preset"} - {"name"}}
     stages = raw.pop("stages", None)
     if stages is None:
         stages = [{"name": _stage_name(shared), **shared}]
         shared = {}
     elif not isinstance(stages, list) or not all(isinstance(s, Mapping) for s in stages):
         raise UserError(f"{path}: stages must be a list of mappings")
-    merged = [merge(merge(shared, s), DEBUG if debug else {}) for s in stages]
+    merged = [_with_preset(merge(merge(shared, s), DEBUG if debug else {})) for s in stages]
     for stage in merged:
         stage.setdefault("name", _stage_name(stage))
         if debug:
@@ -339,6 +410,8 @@ def parse_recipe(raw: Mapping[str, Any], path: Path, *, debug: bool = False) -> 
         for key in ("start", "reward_model"):
             if isinstance(stage.get(key), str) and stage[key] not in names:
                 stage[key] = _beside(stage[key], path)
+        if isinstance(stage.get("teacher"), str) and stage["teacher"] not in names:
+            stage["teacher"] = _teacher_beside(stage["teacher"], path)
         if isinstance(stage.get("data"), Mapping):
             stage["data"] = _data_beside(stage["data"], path)
     raw.setdefault("name", path.stem)
@@ -357,6 +430,15 @@ def _make_small(stage: dict[str, Any]) -> None:
         sizes = {key: algorithm.get(key, fields[key].default) for key in DEBUG_SIZES if key in fields}
         small = {key: min(size, DEBUG_SIZES[key]) for key, size in sizes.items() if isinstance(size, int)}
         stage["algorithm"] = {**algorithm, **small}
+    evaluation = stage.get("evaluation")
+    if isinstance(evaluation, Mapping) and evaluation.get("best"):
+        stage["evaluation"] = {**evaluation, "every": 1}
+
+
+def _with_preset(stage: dict[str, Any]) -> dict[str, Any]:
+    """`preset: trl` beside the algorithm is the algorithm's, unless that names one itself."""
+    preset, algorithm = stage.pop("preset", None), _named("algorithm", stage.get("algorithm"))
+    return stage | {"algorithm": {"preset": preset, **algorithm}} if preset and isinstance(algorithm, dict) else stage
 
 
 def _stage_name(stage: Mapping[str, Any]) -> str:
@@ -382,6 +464,18 @@ def _beside(name: str, recipe: Path) -> str:
         if candidate.exists():
             return str(candidate.resolve())
     raise UserError(f"{recipe}: {name!r} is neither a stage of this recipe, nor a recipe file, nor a run folder")
+
+
+def _teacher_beside(name: str, recipe: Path) -> str:
+    """The same of a teacher, which may also be a model's name; what ends like a recipe file has to be one."""
+    if name == "starter":
+        return name
+    try:
+        return _beside(name, recipe)
+    except UserError:
+        if Path(name).suffix in (".yaml", ".yml", ".json"):
+            raise
+        return name
 
 
 def read_mapping(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
@@ -558,8 +652,8 @@ def _known_keys(loc: Sequence[int | str], raw: Mapping[str, Any], top: type[Base
             annotation = model.model_fields[part].annotation
             options = [annotation, *getattr(annotation, "__args__", ())]
             model = next((a for a in options if isinstance(a, type) and issubclass(a, BaseModel)), None)
-    known = list(model.model_fields) if model else []
-    return known + [k for k in Stage.model_fields if k != "name"] if model is Recipe else known
+    known = [*model.model_fields, *(("preset",) if model is Stage else ())] if model else []
+    return known + [k for k in (*Stage.model_fields, "preset") if k != "name"] if model is Recipe else known
 
 
 def dump_yaml(value: object) -> str:

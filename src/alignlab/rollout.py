@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from numbers import Real
 from typing import NamedTuple, TypeVar, cast
 
@@ -22,7 +22,7 @@ from alignlab.data import collate, fit, plan_microbatches, take
 from alignlab.errors import UserError
 from alignlab.generate import Sampling, SamplingKey, generate
 from alignlab.models import Model
-from alignlab.types import Batch, Completion, Example, Group, LoopState, Pair, Prompt, Rollout, Row
+from alignlab.types import Batch, Completion, Example, Group, Labelled, LoopState, Pair, Prompt, Rollout, Row
 
 T = TypeVar("T")
 SEED_STRIDE = 1_000_003
@@ -53,8 +53,10 @@ class Judged(NamedTuple):
     """Weighted sum, token by token, of the components that score tokens; None if none does."""
 
 
-def combine(rewards: Sequence[Reward], prompts: Sequence[Prompt], completions: Sequence[Completion]) -> list[Judged]:
-    """Every completion judged by the components that apply to it.
+def combine(
+    rewards: Sequence[Reward], prompts: Sequence[Prompt], completions: Sequence[Completion], *, any_judged: bool = True
+) -> list[Judged]:
+    """Every completion judged by the components that apply to it; `any_judged`: at least one has to be.
 
     Raises:
         UserError: a function raised, or gave the wrong number of values, or something that is neither a finite number
@@ -75,7 +77,7 @@ def combine(rewards: Sequence[Reward], prompts: Sequence[Prompt], completions: S
             if value is not None:
                 totals[i] += reward.weight * value
                 breakdowns[i][reward.name] = value
-    if prompts and not any(breakdowns):
+    if any_judged and prompts and not any(breakdowns):
         names = ", ".join(repr(reward.name) for reward in rewards) or "none is named"
         raise UserError(
             f"reward: no function ({names}) judged any of {len(prompts)} completions, the first being "
@@ -164,6 +166,14 @@ class PairRows:
     margin: float = 0.0
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LabelledRow:
+    """A completion as a token row, with its label: True = desirable."""
+
+    row: Row
+    label: bool
+
+
 @dataclass(frozen=True, kw_only=True)
 class Source:
     """Everything a method may ask for. Only what the method needs has to be present."""
@@ -174,8 +184,17 @@ class Source:
     sampling: Sampling
     examples: Sequence[Row] = ()
     pairs: Sequence[PairRows] = ()
+    labelled: Sequence[LabelledRow] = ()
     prompts: Sequence[Prompt] = ()
     rewards: Sequence[Reward] = ()
+    reference: Mapping[Row, Tensor] = field(default_factory=dict)
+    """Row -> the reference's logprobs of its completion, (N,): where they are known before training. A microbatch whose
+    rows all stand here brings them along."""
+
+    @property
+    def num_items(self) -> int:
+        """Training items of whichever kind there is: what an epoch passes over once."""
+        return len(self.examples) + len(self.pairs) + len(self.labelled) + len(self.prompts)
 
     # ---- offline -----------------------------------------------------------------------------------------------------
 
@@ -188,9 +207,13 @@ class Source:
         plan = plan_microbatches([len(row) for row in rows], self.limits.microbatch_rows)
         return tuple(self._collate([rows[i] for i in index]) for index in plan)
 
+    def phase_pairs(self, count: int, state: LoopState) -> list[PairRows]:
+        """The phase's `count` pairs."""
+        return [self.pairs[i] for i in take(len(self.pairs), count, state.seed, state.phase)]
+
     def pair_batches(self, count: int, state: LoopState) -> tuple[Batch, ...]:
-        """The phase's `count` pairs as microbatches; in each, all chosen rows come first, then all rejected rows."""
-        return self.plan_pairs([self.pairs[i] for i in take(len(self.pairs), count, state.seed, state.phase)])
+        """The phase's pairs as microbatches; in each, all chosen rows come first, then all rejected rows."""
+        return self.plan_pairs(self.phase_pairs(count, state))
 
     def plan_pairs(self, pairs: Sequence[PairRows]) -> tuple[Batch, ...]:
         """Pairs -> microbatches of at most `microbatch_rows` rows, both rows of a pair in the same one."""
@@ -203,17 +226,43 @@ class Source:
             batches.append(replace(batch, margin=margin))
         return tuple(batches)
 
+    def phase_labelled(self, count: int, state: LoopState) -> list[LabelledRow]:
+        """The phase's `count` labelled completions."""
+        return [self.labelled[i] for i in take(len(self.labelled), count, state.seed, state.phase)]
+
+    def labelled_batches(self, count: int, state: LoopState) -> tuple[Batch, ...]:
+        """The same as right-padded microbatches, sorted by length, with `labels`."""
+        items = self.phase_labelled(count, state)
+        batches = []
+        for index in plan_microbatches([len(item.row) for item in items], self.limits.microbatch_rows):
+            batch = self._collate([items[i].row for i in index])
+            batches.append(replace(batch, labels=torch.tensor([items[i].label for i in index], device=self.device)))
+        return tuple(batches)
+
     def _collate(self, rows: Sequence[Row]) -> Batch:
-        return collate(rows, pad_id=self.template.pad_id).to(self.device)
+        batch = collate(rows, pad_id=self.template.pad_id).to(self.device)
+        if not self.reference or not all(row in self.reference for row in rows):
+            return batch
+        known = torch.cat([self.reference[row] for row in rows]).to(self.device)
+        zeros = torch.zeros(batch.input_ids.shape, dtype=known.dtype, device=self.device)
+        return replace(batch, reference_logprobs=zeros.masked_scatter(batch.completion_mask, known))
 
     # ---- online ------------------------------------------------------------------------------------------------------
 
     def rollouts(
-        self, policy: Model, num_prompts: int, group_size: int, state: LoopState, *, attempt: int = 0
+        self,
+        policy: Model,
+        num_prompts: int,
+        group_size: int,
+        state: LoopState,
+        *,
+        attempt: int = 0,
+        needs_reward: bool = True,
     ) -> tuple[Group, ...]:
         """Draws the phase's prompts, samples a group of completions for each, and scores them.
 
-        Every `attempt` of a phase draws prompts in another order and other completions.
+        Every `attempt` of a phase draws prompts in another order and other completions. A source without rewards is an
+        error where one is needed; else every reward is NaN.
 
         Raises:
             UserError: sampling is not from the policy itself (top-k, top-p, ...), so no ratio would be right; or the
@@ -229,7 +278,11 @@ class Source:
             seed=seed, phase=state.phase, max_rows=self.limits.sampling_rows,
         )  # fmt: skip
         flat = [(p, ids, c) for p, ids, siblings in zip(prompts, prompt_ids, sampled, strict=True) for c in siblings]
-        scored = combine(self.rewards, [p for p, _, _ in flat], [c for _, _, c in flat])
+        if self.rewards or needs_reward:
+            # A second attempt may be at a few prompts only, of a task that has no reward.
+            scored = combine(self.rewards, [p for p, _, _ in flat], [c for _, _, c in flat], any_judged=not attempt)
+        else:
+            scored = [Judged(math.nan, {}, None) for _ in flat]
         rollouts = [
             Rollout(prompt=prompt, prompt_ids=ids, completion=completion, **judged._asdict())
             for (prompt, ids, completion), judged in zip(flat, scored, strict=True)
@@ -254,6 +307,13 @@ class Source:
         plan = plan_microbatches(lengths, self.limits.microbatch_rows)
         rows = [torch.tensor(index, device=batch.input_ids.device) for index in plan]
         return [(index, batch.select(index)) for index in rows]
+
+    def pair_pieces(self, batch: Batch, chosen: Tensor, rejected: Tensor) -> tuple[Batch, ...]:
+        """Rows ((P,) int64 each) of the batch as pair microbatches, both rows of a pair in the same one."""
+        lengths = batch.attention_mask.sum(-1)
+        longest = torch.maximum(lengths[chosen], lengths[rejected]).tolist()
+        plan = plan_microbatches(longest, max(1, self.limits.microbatch_rows // 2))
+        return tuple(batch.select(torch.cat([chosen[index], rejected[index]])) for index in plan)
 
 
 def sample_prompts(
@@ -321,7 +381,7 @@ def component_tensor(groups: Sequence[Group], rewards: Sequence[Reward], like: T
         by_task = {task: reward.weight for reward in given for task in reward.tasks}
         factor = [1.0 if same else by_task.get(r.prompt.task, 0.0) for r in rollouts]
         rows.append([f * r.breakdown.get(name, math.nan) for f, r in zip(factor, rollouts, strict=True)])
-    return torch.tensor(rows).to(like), torch.tensor([weights[name] for name in names]).to(like)
+    return like.new_tensor(rows), like.new_tensor([weights[name] for name in names])
 
 
 def is_constant(group: Group) -> bool:
@@ -336,22 +396,26 @@ def stopped_tensor(groups: Sequence[Group], like: Tensor) -> Tensor:
 
 
 def rollout_metrics(groups: Sequence[Group]) -> dict[str, float]:
-    """What is worth knowing about a phase's rollouts: rewards by component, lengths, stop reasons, constant groups."""
+    """What is worth knowing about a phase's rollouts: lengths, stop reasons; where something was judged, rewards by
+    component and constant groups."""
     rollouts = [r for g in groups for r in g.rollouts]
     rewards = np.array([r.reward for r in rollouts])
     lengths = np.array([len(r.completion.token_ids) for r in rollouts])
     metrics = {
-        "reward/mean": float(np.nanmean(rewards)),
-        "reward/std": float(np.nanstd(rewards)),
-        "reward/unjudged_fraction": float(np.isnan(rewards).mean()),
         "completion/length": float(lengths.mean()),
         "completion/stop_fraction": float(np.mean([r.completion.finish_reason == "stop" for r in rollouts])),
         "ledger/prompts": float(len(groups)),
         "ledger/completions": float(len(rollouts)),
         "ledger/generated_tokens": float(lengths.sum()),
     }
-    if any(len(g.rollouts) > 1 for g in groups):
-        metrics["group/constant_fraction"] = float(np.mean([is_constant(group) for group in groups]))
+    if not np.isnan(rewards).all():
+        metrics |= {
+            "reward/mean": float(np.nanmean(rewards)),
+            "reward/std": float(np.nanstd(rewards)),
+            "reward/unjudged_fraction": float(np.isnan(rewards).mean()),
+        }
+        if any(len(g.rollouts) > 1 for g in groups):
+            metrics["group/constant_fraction"] = float(np.mean([is_constant(group) for group in groups]))
     for name in sorted({k for r in rollouts for k in r.breakdown}):
         metrics[f"reward/{name}"] = float(np.mean([r.breakdown[name] for r in rollouts if name in r.breakdown]))
     return metrics
@@ -382,6 +446,16 @@ def encode_pairs(pairs: Sequence[Pair], template: Template, limits: Limits) -> l
         if chosen is not None and rejected is not None and chosen != rejected:
             kept.append(PairRows(chosen=chosen, rejected=rejected, margin=pair.margin or 0.0))
     return _some(kept, len(pairs), limits)
+
+
+def encode_labelled(items: Sequence[Labelled], template: Template, limits: Limits) -> list[LabelledRow]:
+    """Labelled completions -> rows that fit the limits; what cannot be made to fit is left out.
+
+    Raises:
+        UserError: nothing is left.
+    """
+    rows = [(_fit(template.row(item.prompt, item.completion), limits), item.label) for item in items]
+    return _some([LabelledRow(row=row, label=label) for row, label in rows if row is not None], len(items), limits)
 
 
 def fitting_prompts(prompts: Sequence[Prompt], template: Template, limits: Limits) -> list[Prompt]:

@@ -98,6 +98,12 @@ class Tracker:
         self._progress: Progress | None = None
         self._plain_every = max(1, num_phases // 10)
 
+    def expect(self, num_phases: int) -> None:
+        """Says how many phases there will be, where that is known only once the data are read."""
+        self.num_phases, self._plain_every = num_phases, max(1, num_phases // 10)
+        if self._progress is not None:
+            self._progress.update(self._task, total=num_phases)
+
     def __enter__(self) -> Tracker:
         if self._console.is_terminal and not self._quiet:
             self._progress = Progress(

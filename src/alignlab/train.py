@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 import random
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -20,7 +20,8 @@ import torch
 from torch import nn
 
 from alignlab.algorithms import Algorithm, Models, completion_rows, completion_tokens
-from alignlab.optim import Schedule, clipped_step
+from alignlab.diagnosis import DiagnosisLimits, diagnose
+from alignlab.optim import FIRST_SCALER, LEAST_SCALE, Schedule, clipped_step, next_scaler, unscale
 from alignlab.rollout import Source
 from alignlab.tracking import Tracker
 from alignlab.types import Directive, LoopState, LossOutput, Phase, Role, Step
@@ -53,8 +54,12 @@ def train(
     schedule: Schedule,
     tracker: Tracker,
     log_completions: int = 0,
-) -> Iterator[Finished]:
-    """Trains until `num_phases` phases are finished or the method stops, and yields after every phase.
+    limits: DiagnosisLimits | None = None,
+) -> Generator[Finished, LoopState | None, None]:
+    """Trains until `num_phases` phases are finished or the run is stopped, and yields after every phase.
+
+    Whoever evaluates in between may send the state back with what the evaluation adds to it (`generator.send(state)`).
+    With `limits` every row is diagnosed; what is found stands in the log and is said once.
 
     Everything random in a phase is seeded by (seed, phase) before it starts, so a killed phase replays exactly.
 
@@ -63,6 +68,8 @@ def train(
     """
     roles = algorithm.models()
     dtype = next(models["policy" if "policy" in models else next(iter(optimizers))].parameters()).dtype
+    if dtype == torch.float16 and not state.scaler:
+        state = replace(state, scaler=FIRST_SCALER)
     while state.phase < num_phases and not state.stop_reason:
         started = time.perf_counter()
         seed_everything(phase_seed(state))
@@ -79,20 +86,42 @@ def train(
                 metrics |= {**phase.metrics, "time/collect": collected - started}
                 state = _counted(state, _consumed(phase))
             _require_finite("loss", metrics["loss/total"], state)
-            metrics |= _step_roles(roles, optimizers, state, factor)
+            state, stepped = _step_roles(roles, optimizers, state, factor)
+            metrics |= stepped
             state = _counted(replace(state, step=state.step + 1), _trained(step))
             metrics["time/step"] = time.perf_counter() - began
             state, directive = algorithm.observe(state, metrics)
             state = _obeyed(state, directive)
             why = {"ended": directive.reason} if directive.action != "continue" else {}
-            tracker.log({"phase": state.phase, "step": state.step, **metrics, **why})
-            if directive.action != "continue":
+            state = record(tracker, limits, state, {**metrics, **why})
+            if directive.action != "continue" or state.stop_reason:
                 break
+        if not phase.steps:  # nothing to learn from, e.g. every group agreed: what it cost still counts
+            state = _counted(state, _consumed(phase))
+            metrics = {**phase.metrics, "time/collect": collected - started}
+            state = record(tracker, limits, state, metrics)
         tracker.completions(_shown(phase, state.phase, log_completions))
         state = replace(state, phase=state.phase + 1)
         metrics |= phase.metrics
         tracker.advance(state.phase, metrics, time.perf_counter() - started)
-        yield Finished(state, metrics)
+        state = (yield Finished(state, metrics)) or state
+
+
+def record(
+    tracker: Tracker, limits: DiagnosisLimits | None, state: LoopState, row: Mapping[str, Any], *, ends: bool = True
+) -> LoopState:
+    """Logs a row with what it shows, says what is new, and ends the run on a finding that is to stop it (`ends`)."""
+    row = {"phase": state.phase, "step": state.step, **row}
+    if limits is None:
+        tracker.log(row)
+        return state
+    numbers = {k: v for k, v in row.items() if isinstance(v, int | float)}
+    seen = diagnose(numbers, state.diagnosis, limits, phase=row["phase"])
+    tracker.log({**row, **seen.row()})
+    for line in seen.lines():
+        tracker.say(f"{tracker.title}, phase {row['phase']}: {line}")
+    stop = state.stop_reason or (seen.stop_reason if ends else "")
+    return replace(state, diagnosis=seen.memory, stop_reason=stop)
 
 
 def phase_seed(state: LoopState) -> int:
@@ -108,13 +137,14 @@ def seed_everything(seed: int) -> None:
 
 
 def _backward(algorithm: Algorithm, models: Models, step: Step, state: LoopState) -> list[LossOutput]:
-    """Gradients of the whole step: every microbatch's terms over the step's one normaliser."""
+    """Gradients of the whole step: every microbatch's terms over the step's one normaliser (times the loss scale)."""
     if not step.normaliser > 0:
         raise RunError(f"phase {state.phase}, step {state.step}: nothing to train on in this step (normaliser 0)")
     outputs = []
     for batch in step.microbatches:
         output = algorithm.loss(models, batch, state)
-        (output.total / step.normaliser).backward()  # type: ignore[no-untyped-call]
+        loss = output.total / step.normaliser
+        (loss * state.scaler["scale"] if state.scaler else loss).backward()  # type: ignore[no-untyped-call]
         outputs.append(replace(output, total=output.total.detach()))
     return outputs
 
@@ -144,18 +174,39 @@ def _averaged(outputs: list[LossOutput], step: Step) -> dict[str, float]:
 
 def _step_roles(
     roles: Mapping[str, Role], optimizers: Mapping[str, torch.optim.Optimizer], state: LoopState, factor: float
-) -> dict[str, float]:
-    """Steps every role that has started; one that has not is left alone, momentum and decay included."""
-    metrics: dict[str, float] = {}
-    for name, optimizer in optimizers.items():
+) -> tuple[LoopState, dict[str, float]]:
+    """Steps every role that has started; one that has not is left alone, momentum and decay included.
+
+    In float16, a step in which a gradient overflows is skipped for all of them, and the next ones are scaled less.
+    """
+    started = {name: optimizer for name, optimizer in optimizers.items() if state.step >= roles[name].start_step}
+    state, metrics, finite = _unscaled(started, state)
+    for name, optimizer in started.items() if finite else ():
         role = roles[name]
         rate = role.learning_rate * factor * state.learning_rate_factor.get(name, 1.0)
-        if state.step >= role.start_step:
-            norm = clipped_step(optimizer, role.max_grad_norm, rate)
-            _require_finite(f"gradient of the {name}", norm, state)
-            metrics |= {f"{name}/grad_norm": norm, f"{name}/learning_rate": rate}
+        norm = clipped_step(optimizer, role.max_grad_norm, rate)
+        _require_finite(f"gradient of the {name}", norm, state)
+        metrics |= {f"{name}/grad_norm": norm, f"{name}/learning_rate": rate}
+    for optimizer in optimizers.values():
         optimizer.zero_grad(set_to_none=True)
-    return metrics
+    return state, metrics
+
+
+def _unscaled(
+    optimizers: Mapping[str, torch.optim.Optimizer], state: LoopState
+) -> tuple[LoopState, dict[str, float], bool]:
+    """Gradients without the loss scale, and whether they can be stepped; True where there is no loss scale."""
+    if not state.scaler:
+        return state, {}, True
+    finite = unscale(optimizers.values(), state.scaler["scale"])
+    metrics = {"loss/scale": state.scaler["scale"]}
+    state = replace(state, scaler=next_scaler(state.scaler, finite))
+    if state.scaler["scale"] < LEAST_SCALE:
+        raise RunError(
+            f"phase {state.phase}, step {state.step}: gradients overflow in float16 whatever the loss scale (now "
+            f"{state.scaler['scale']:.0e}); the last checkpoint is intact. Set model.dtype to bfloat16 or float32"
+        )
+    return state, {**metrics, "loss/skipped_steps": state.scaler["skipped_steps"]}, finite
 
 
 def _require_finite(what: str, value: float, state: LoopState) -> None:

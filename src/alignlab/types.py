@@ -62,6 +62,15 @@ class Pair:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Labelled:
+    """One completion of a prompt and a verdict on it by itself: label True = desirable, False = undesirable."""
+
+    prompt: Prompt
+    completion: str
+    label: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Row:
     """Token ids of one model input. `completion_ids` ends with the stop token unless the completion was cut off.
 

@@ -10,6 +10,8 @@ import torch
 from torch.testing import assert_close
 
 from alignlab.algorithms import dpo as module
+from alignlab.algorithms._preference import pair_metrics
+from alignlab.data import collate
 from alignlab.models import frozen_copy
 from alignlab.train import RunError
 from alignlab.types import Batch
@@ -17,21 +19,27 @@ from tests.algorithms.world import (
     Run,
     collect,
     flat,
+    formula_value,
     loss_and_gradient,
     mutant,
     nudge,
     numbers,
+    pair_inputs,
     raw_logprobs,
     start_run,
 )
 from tests.tolerances import EXACT, FLOAT64
 
 EIGHT = {"pairs_per_step": 8, "beta": 0.4}
-KINDS = [
+KINDS: list[dict[str, Any]] = [
     {"loss_kind": "sigmoid"},
     {"loss_kind": "sigmoid", "label_smoothing": 0.1},
+    {"loss_kind": "robust", "label_smoothing": 0.2},
     {"loss_kind": "hinge"},
+    {"loss_kind": "ipo"},
     {"loss_kind": "ipo", "average_logprobs": True},
+    {"loss_kind": "sigmoid", "average_logprobs": True, "beta": 5.0},
+    {"loss_kind": "sigmoid", "rpo_alpha": 0.7},
 ]
 
 
@@ -60,17 +68,88 @@ def margins(run: Run, batch: Batch, average: bool = False) -> np.ndarray:
 
 @pytest.mark.parametrize("kind", KINDS, ids=str)
 def test_loss(dpo: Any, kind: dict[str, Any]) -> None:
-    run = moved_run(dpo(**EIGHT, **kind))
+    run = moved_run(dpo(**EIGHT | kind))
     (step,) = collect(run)
     h = np.concatenate([margins(run, batch, kind.get("average_logprobs", False)) for batch in step.microbatches])
-    smoothing = kind.get("label_smoothing", 0.0)
+    e, beta = kind.get("label_smoothing", 0.0), kind.get("beta", 0.4)
+    right, flipped = np.log1p(np.exp(-beta * h)), np.log1p(np.exp(beta * h))
     expected = {
-        "sigmoid": (1 - smoothing) * np.log1p(np.exp(-0.4 * h)) + smoothing * np.log1p(np.exp(0.4 * h)),
-        "hinge": np.maximum(0, 1 - 0.4 * h),
-        "ipo": (h - 1 / 0.8) ** 2,
+        "sigmoid": (1 - e) * right + e * flipped,
+        "robust": ((1 - e) * right - e * flipped) / (1 - 2 * e),
+        "hinge": np.maximum(0, 1 - beta * h),
+        "ipo": (h - 1 / (2 * beta)) ** 2,
     }[kind["loss_kind"]]
-    assert len(h) == 8 and np.ptp(h) > 0.1
+    if alpha := kind.get("rpo_alpha"):  # the mean of each chosen completion, then over pairs
+        means = [x.mean() for b in step.microbatches for x in numbers(raw_logprobs(run.models["policy"], b))[:2]]
+        expected = expected - alpha * np.array(means)
+    assert len(h) == 8 and np.ptp(h) > 0.02
     assert_close(loss_and_gradient(run, step)[0], float(expected.mean()), **FLOAT64)
+
+
+def test_kinds_are_different() -> None:
+    """All cases above on one batch: no two of them are the same loss."""
+    losses = []
+    for kind in KINDS:
+        run = moved_run(module.ALGORITHM(**EIGHT | kind))
+        losses.append(loss_and_gradient(run, collect(run)[0])[0])
+    assert len({round(x, 6) for x in losses}) == len(KINDS)
+
+
+FORMULAS = [{}, *KINDS, *({"variant": name} for name in module.ALGORITHM.VARIANTS), {"preset": "openrlhf"}]
+
+
+@pytest.mark.parametrize("options", FORMULAS, ids=str)
+def test_the_printed_formula_is_the_executed_loss(dpo: Any, options: dict[str, Any]) -> None:
+    run = moved_run(dpo(**{"pairs_per_step": 8} | options))
+    step = collect(run)[0]
+    assert_close(
+        loss_and_gradient(run, step)[0], formula_value(run.algorithm.formula(), pair_inputs(run, step)), **FLOAT64
+    )
+
+
+def test_variants_and_presets_are_rows_of_tables() -> None:
+    make = module.ALGORITHM
+    assert (make(variant="cdpo").loss_kind, make(variant="cdpo").label_smoothing) == ("sigmoid", 0.1)
+    assert make(variant="cdpo", label_smoothing=0.3).label_smoothing == 0.3
+    assert make(variant="ipo_average").average_logprobs and not make(variant="ipo").average_logprobs
+    both = make(variant="length_normalised", preset="openrlhf")
+    assert (both.beta, both.pairs_per_step, both.learning_rate) == (5.0, 128, 1e-5)
+    assert (make(preset="trl").pairs_per_step, make(preset="paper").pairs_per_step) == (8, 64)
+    with pytest.raises(ValueError, match="no variant 'cpo'; did you mean 'cdpo'"):
+        make(variant="cpo")
+    with pytest.raises(ValueError, match="no preset 'verl'; there are: trl, openrlhf, paper"):
+        make(preset="verl")
+
+
+def test_the_likelihood_of_the_chosen_is_kept() -> None:
+    """rpo_alpha: with a large weight the chosen completions end likelier than without."""
+    ends = []
+    for alpha in (0.0, 2.0):
+        run = start_run(module.ALGORITHM(**EIGHT, learning_rate=3e-3, rpo_alpha=alpha))
+        run.go(15)
+        ends.append(run.column("policy/logprobs_chosen")[-1])
+        assert ("policy/nll_chosen" in run.recorder.rows[0]) == bool(alpha)
+    assert ends[1] > ends[0] + 0.5
+
+
+def test_reference_logprobs_that_are_there_are_used(dpo: Any) -> None:
+    """Microbatches that bring them along need no reference model; what they bring decides."""
+    run = moved_run(dpo(**EIGHT))
+    loss, _ = loss_and_gradient(run, collect(run)[0])
+    rows = run.algorithm.reference_rows(run.source, run.state)
+    assert len(rows) == 16 and rows[0] == run.source.phase_pairs(8, run.state)[0].chosen
+    with torch.no_grad():
+        table = {row: raw_logprobs(run.models["reference"], collate([row]))[0] for row in rows}
+    run.source = replace(run.source, reference=table)
+    reference = run.models.pop("reference")
+    assert_close(loss_and_gradient(run, collect(run)[0])[0], loss, **FLOAT64)
+    run.source = replace(run.source, reference={row: 2 * x for row, x in table.items()})
+    assert abs(loss_and_gradient(run, collect(run)[0])[0] - loss) > 1e-3
+    run.source = replace(run.source, reference=dict(list(table.items())[:3]))
+    with pytest.raises(KeyError):  # not all are known, and there is no reference
+        collect(run)
+    run.models["reference"] = reference
+    assert_close(loss_and_gradient(run, collect(run)[0])[0], loss, **FLOAT64)
 
 
 def test_gradient(dpo: Any) -> None:
@@ -101,7 +180,8 @@ def test_metrics(dpo: Any) -> None:
 
 @pytest.mark.parametrize(
     "kind, expected", [({}, math.log(2)), ({"loss_kind": "hinge"}, 1.0), ({"loss_kind": "ipo"}, 1 / 0.8**2),
-                       ({"label_smoothing": 0.1}, math.log(2))], ids=str)  # fmt: skip
+                       ({"label_smoothing": 0.1}, math.log(2)), ({"variant": "robust"}, math.log(2)),
+                       ({"average_logprobs": True}, math.log(2))], ids=str)  # fmt: skip
 @pytest.mark.parametrize("lora", [False, True])
 def test_at_the_start_policy_and_reference_are_one_model(
     dpo: Any, kind: dict[str, Any], expected: float, lora: bool
@@ -147,19 +227,27 @@ def test_prefers_the_chosen_completions(dpo: Any) -> None:
 
 
 def test_smoothing_belongs_to_sigmoid(dpo: Any) -> None:
-    with pytest.raises(ValueError, match="label_smoothing works with loss_kind sigmoid only, not ipo"):
+    with pytest.raises(ValueError, match="label_smoothing works with loss_kind sigmoid and robust only, not ipo"):
         dpo(loss_kind="ipo", label_smoothing=0.1)
 
 
-SIGMOID, SMOOTH, _, IPO = KINDS
+def test_rounding_is_no_preference() -> None:
+    """Rewards that differ by less than single precision can tell count as equal; true margins do not."""
+    chosen = torch.tensor([-50.0, -50.0, -50.0, -50.0])
+    rewards = torch.tensor([3e-6, -3e-6, 1e-3, -1e-3])
+    found = pair_metrics(chosen, chosen, rewards, torch.zeros(4))
+    assert found["preference/accuracy"] == (0.5 + 0.5 + 1 + 0, 4.0)
+
+
+SIGMOID, SMOOTH, ROBUST, _, _, IPO, _, RPO = KINDS
 
 
 @pytest.mark.parametrize(
     "text, replacement, test, arguments",
     [
-        ("chosen, rejected = totals", "rejected, chosen = totals", test_loss, (SIGMOID,)),
-        ("totals.chunk(2)", "totals.flip(0).chunk(2)", test_loss, (SIGMOID,)),
-        ("return LossOutput(terms.sum(), sums)", "return LossOutput(-terms.sum(), sums)", test_gradient, ()),
+        ("chosen, rejected = halves(totals", "rejected, chosen = halves(totals", test_loss, (SIGMOID,)),
+        ("halves(totals / divisor)", "halves(totals.flip(0) / divisor)", test_loss, (SIGMOID,)),
+        ("return LossOutput(total, sums)", "return LossOutput(-total, sums)", test_gradient, ()),
         ("/ 2),)), state", "),)), state", test_loss, (SIGMOID,)),
         (
             "chosen, rejected, reference_chosen, reference_rejected,",
@@ -169,7 +257,17 @@ SIGMOID, SMOOTH, _, IPO = KINDS
         ),
         ("label_smoothing=self.label_smoothing", "label_smoothing=0.0", test_loss, (SMOOTH,)),
         ("beta=self.beta, kind", "beta=1.0, kind", test_gradient, ()),
-        ("if self.average_logprobs:", "if False:", test_loss, (IPO,)),
+        ("if self.average_logprobs else totals", "if False else totals", test_loss, (IPO,)),
+        ("kind=self.loss_kind", 'kind="sigmoid"', test_loss, (ROBUST,)),
+        ("total + self.rpo_alpha * nll", "total - self.rpo_alpha * nll", test_loss, (RPO,)),
+        ("halves(-totals / row_tokens(batch))[0]", "halves(-totals / row_tokens(batch))[1]", test_loss, (RPO,)),
+        ("halves(-totals / row_tokens(batch))[0]", "halves(-totals)[0]", test_loss, (RPO,)),
+        (
+            "row in (pair.chosen, pair.rejected)]",
+            "row in (pair.chosen,)]",
+            test_reference_logprobs_that_are_there_are_used,
+            (),
+        ),
         (
             "dropout: ClassVar[bool] = False",
             "dropout: ClassVar[bool] = True",
@@ -177,12 +275,6 @@ SIGMOID, SMOOTH, _, IPO = KINDS
             ({}, math.log(2), False),
         ),
         ("if state.step > 0:", "if True:", test_dropout_that_is_on_is_found, ()),
-        (
-            "0.5 * (reward_chosen ==",
-            "0.0 * (reward_chosen ==",
-            test_at_the_start_policy_and_reference_are_one_model,
-            ({}, math.log(2), False),
-        ),
     ],
 )
 def test_mutants_are_noticed(text: str, replacement: str, test: Any, arguments: tuple[Any, ...]) -> None:

@@ -1,19 +1,25 @@
-"""PPO: token rewards, GAE and controller on three tokens by hand; the loss from raw log-softmaxes and hidden states."""
+"""PPO: token rewards and GAE on three tokens by hand; the loss from raw log-softmaxes and hidden states."""
 
 import itertools
+import json
 import math
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.testing import assert_close
 
+from alignlab.algorithms import _online as online_module
 from alignlab.algorithms import ppo as module
+from alignlab.errors import UserError
 from alignlab.generate import Sampling
+from alignlab.rollout import Reward
 from alignlab.train import RunError
-from alignlab.types import Batch, Group
+from alignlab.types import Batch, Completion, Group, Prompt
 from tests.algorithms.world import (
     Run,
     collect,
@@ -26,11 +32,13 @@ from tests.algorithms.world import (
     numbers,
     raw_entropies,
     raw_logprobs,
+    raw_states,
     raw_values,
     rollout,
     rows_of,
     slipping,
     start_run,
+    template,
 )
 from tests.tolerances import EXACT, FLOAT64
 
@@ -50,12 +58,13 @@ def ppo() -> Any:
 def three_tokens(algorithm: Any, value: float = 0.25, **options: Any) -> tuple[Run, Batch, Any]:
     """A phase with one completion `ab<end_of_turn>` (or `abc`, cut off) of score 2, KL (.1, -.2, .3) and V = .25."""
     shift, reward, stop = options.pop("shift", KL), options.pop("reward", 2.0), options.pop("stop", True)
+    token_scores = options.pop("token_scores", None)
     settings = {"kl_coef": 0.5, "gamma": 1.0, "gae_lambda": 1.0, "whiten_advantages": False, "epochs": 1}
     run = start_run(algorithm(**settings | options))
     with torch.no_grad():
         run.models["value_model"].head.bias.fill_(value)
     made = rollout(run.models["policy"], "1+1", "ab" if stop else "abc", reward=reward, shift=shift, stop=stop)
-    run.source = fixed([Group(rollouts=(made,))])
+    run.source = fixed([Group(rollouts=(replace(made, token_scores=token_scores),))])
     phase, run.state = run.algorithm.collect(run.models, run.source, run.state)
     (batch,) = phase.steps[0].microbatches
     assert int(batch.completion_mask.sum()) == 3
@@ -115,6 +124,106 @@ def test_other_estimators_in_the_reward(ppo: Any, kind: str, kl: Any) -> None:
     assert_close(returns, -0.5 * np.cumsum(np.array(kl)[::-1])[::-1], **FLOAT64)
 
 
+def test_a_threshold_in_the_reward(ppo: Any) -> None:
+    """The mean KL .2 / 3 is above .05, so each token pays .5 (kl - .05): r = -.025, .125, 2 - .125; below .07, none."""
+    returns, _ = returns_and_advantages(ppo, kl_threshold=0.05)
+    assert_close(returns, np.array([2 - 0.025, 2.0, 1.875]), **FLOAT64)
+    returns, _ = returns_and_advantages(ppo, kl_threshold=0.07)
+    assert_close(returns, np.array([2.0, 2.0, 2.0]), **FLOAT64)
+
+
+@pytest.mark.parametrize("placement", ["loss", "none"])
+def test_a_kl_that_is_not_in_the_reward(ppo: Any, placement: str) -> None:
+    """The score alone is the reward; in the loss the KL is still measured, and nowhere there is no reference at all."""
+    run, batch, phase = three_tokens(ppo, kl_placement=placement)
+    assert_close(rows_of(batch.returns, batch)[0], np.array([2.0, 2.0, 2.0]), **FLOAT64)
+    assert phase.metrics["reward/minus_kl"] == 2.0
+    assert ("reference" in run.models) == ("policy/kl_per_token" in phase.metrics) == (placement == "loss")
+
+
+# ---- dense rewards by hand -------------------------------------------------------------------------------------------
+
+
+def potentials(run: Run, batch: Batch) -> np.ndarray:
+    """Normalised scores of the prompt, with a, with ab, and of all there is: the reward model's shift is .3, its scale
+    .5 (see `frozen_reward_model`)."""
+    model = run.models["reward_model"]
+    (states,) = raw_states(model, batch)
+    raw = states @ model.head.weight[0] + model.head.bias[0]
+    return (numbers([raw])[0][-4:] - 0.3) / 0.5
+
+
+def test_potential(ppo: Any) -> None:
+    """Shaping telescopes: with lambda = 1 the return at t is gamma^(2 - t) 2 - coef Phi_t, KL left out."""
+    options = {"reward_placement": "dense", "dense_reward": "potential", "kl_placement": "none"}
+    run, batch, phase = three_tokens(ppo, **options, gamma=0.9, shaping_coef=0.25)
+    phi = potentials(run, batch)
+    assert len({round(x, 3) for x in phi}) == 4
+    expected = 2 * 0.9 ** np.array([2, 1, 0]) - 0.25 * phi[:3]
+    assert_close(rows_of(batch.returns, batch)[0], expected, **FLOAT64)
+    assert phase.metrics["reward/minus_kl"] == 2.0  # what PPO maximises, which shaping does not change
+    assert all(not p.requires_grad for p in run.models["reward_model"].parameters())
+
+
+@pytest.mark.parametrize("at_cutoff", ["zero", "bootstrap"])
+def test_potential_of_a_completion_that_was_cut_off(ppo: Any, at_cutoff: str) -> None:
+    """At an end Phi is 0. Where the critic's .25 follows, the state goes on and Phi is its own:
+    return at t = gamma^(3 - t) (.25 + coef Phi_3) + gamma^(2 - t) 2 - coef Phi_t."""
+    options = {"reward_placement": "dense", "dense_reward": "potential", "kl_placement": "none"}
+    run, batch, _ = three_tokens(ppo, **options, gamma=0.9, shaping_coef=0.25, stop=False, at_cutoff=at_cutoff)
+    phi = potentials(run, batch)
+    after = 0.25 + 0.25 * phi[3] if at_cutoff == "bootstrap" else 0.0
+    expected = after * 0.9 ** np.array([3, 2, 1]) + 2 * 0.9 ** np.array([2, 1, 0]) - 0.25 * phi[:3]
+    assert_close(rows_of(batch.returns, batch)[0], expected, **FLOAT64)
+
+
+@pytest.mark.parametrize(
+    "options, rewards",
+    [
+        ({}, (0.5, -1.0, 2.5)),  # what of the score 2 the tokens' .5 - 1 + .25 do not say stands on the last
+        ({"reward_scale": 2.0}, (1.0, -2.0, 5.0)),
+        ({"score_clip": 1.0}, (0.5, -1.0, 1.5)),
+        ({"missing_stop_penalty": 3.0, "stop": False}, (0.5, -1.0, -0.5)),
+        ({"reward": math.nan}, (0.5, -1.0, 0.5)),
+        ({"token_scores": (0.0, 0.0, 0.0)}, (0.0, 0.0, 2.0)),
+    ],
+    ids=str,
+)
+@pytest.mark.filterwarnings("ignore:Mean of empty slice", "ignore:Degrees of freedom")
+def test_given_token_scores(ppo: Any, options: dict[str, Any], rewards: tuple[float, ...]) -> None:
+    given = {"reward_placement": "dense", "dense_reward": "given", "token_scores": (0.5, -1.0, 0.25), "kl_coef": 0.0}
+    returns, _ = returns_and_advantages(ppo, **(given | options))
+    assert_close(returns, np.cumsum(np.array(rewards)[::-1])[::-1].copy(), **FLOAT64)
+
+
+def test_token_scores_of_a_reward_function(ppo: Any) -> None:
+    """From the function to the returns: each digit earns 2 * 1, each other token 2 * -.1, and .5 a completion more on
+    its last token."""
+
+    def by_token(prompts: Sequence[Prompt], completions: Sequence[Completion]) -> list[list[float]]:
+        decode = template().decode
+        return [[1.0 if decode([t]).isdigit() else -0.1 for t in c.token_ids] for c in completions]
+
+    rewards = [
+        Reward(name="digits", function=by_token, weight=2.0),
+        Reward(name="there", function=lambda prompts, completions: [1.0] * len(prompts), weight=0.5),
+    ]
+    options = {"reward_placement": "dense", "dense_reward": "given", "kl_coef": 0.0, "gamma": 1.0, "gae_lambda": 1.0}
+    run = start_run(ppo(**TEN, **options, epochs=1), rewards=rewards, microbatch_rows=16)
+    (batch,) = collect(run)[0].microbatches
+    tokens = rows_of(batch.input_ids, batch)
+    assert len({len(row) for row in tokens}) > 1
+    for ids, returns in zip(tokens, rows_of(batch.returns, batch), strict=True):
+        earned = [2.0 if template().decode([int(t)]).isdigit() else -0.2 for t in ids]
+        earned[-1] += 0.5
+        assert_close(returns, np.cumsum(earned[::-1])[::-1].copy(), **FLOAT64)
+
+
+def test_token_scores_that_nobody_gives(ppo: Any) -> None:
+    with pytest.raises(UserError, match=r"algorithm\.dense_reward given: no reward function gives one score a token"):
+        start_run(ppo(**TEN, reward_placement="dense", dense_reward="given")).go(1)
+
+
 def test_metrics_of_the_phase(ppo: Any) -> None:
     """KL .2 a sequence, .2 / 3 a token; score minus .5 * .2; residuals of V = .25 vary as the returns do."""
     metrics = three_tokens(ppo)[2].metrics
@@ -148,18 +257,63 @@ def test_explained_variance() -> None:
 def test_adaptive_controller(ppo: Any, kl: float, expected: float) -> None:
     """arXiv:1909.08593, 2.2: beta (1 + clip(KL / target - 1, +-.2) n / horizon) with n = 1, horizon 100, next phase."""
     run, _, phase = three_tokens(ppo, kl_controller="adaptive", kl_horizon=100, shift=(kl, kl, kl))
-    assert phase.metrics["policy/kl_coef"] == 0.5
+    assert phase.metrics["policy/kl_coef"] == run.state.algorithm["kl_coef"] == 0.5
+    second, run.state = run.algorithm.collect(run.models, run.source, run.state)
+    (batch,) = second.steps[0].microbatches
+    assert_close(second.metrics["policy/kl_coef"], expected, **FLOAT64)
     assert_close(run.state.algorithm["kl_coef"], expected, **FLOAT64)
-    assert_close(collect(run)[0].microbatches[0].returns.flatten()[-1].item(), 2.0 - kl * expected, **FLOAT64)
+    assert_close(batch.returns.flatten()[-1].item(), 2.0 - kl * expected, **FLOAT64)
 
 
 def test_fixed_coefficient_stays(ppo: Any) -> None:
-    assert three_tokens(ppo, shift=(4.0, 4.0, 4.0))[0].state.algorithm == {}
+    run, _, phase = three_tokens(ppo, shift=(4.0, 4.0, 4.0))
+    collect(run)
+    assert run.state.algorithm["kl_coef"] == phase.metrics["policy/kl_coef"] == 0.5
 
 
-def test_adaptive_needs_a_start_above_zero(ppo: Any) -> None:
-    with pytest.raises(ValueError, match="kl_coef must start above 0"):
-        ppo(kl_controller="adaptive", kl_coef=0.0)
+def test_refusals(ppo: Any) -> None:
+    """What is the method's own; those of the KL and of the score are in test_online."""
+    for options, message in (
+        ({"dual_clip": 1.2}, r"dual_clip must be above 1 \+ clip_high = 1\.2"),
+        ({"dual_clip": 1.5, "clip_high": 0.6}, r"dual_clip must be above 1 \+ clip_high = 1\.6"),
+        ({"reward_placement": "dense", "dense_reward": "given", "score_normaliser": "ema"}, "score_normaliser ema"),
+        ({"dense_reward": "potential"}, "dense_reward potential does nothing while reward_placement is sparse"),
+        ({"dense_reward": "given"}, "dense_reward given does nothing"),
+        ({"variant": "dapo"}, "no variant 'dapo'; this method has none"),
+        ({"preset": "tlr"}, "no preset 'tlr'; did you mean 'trl'"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            ppo(**options)
+
+
+@pytest.mark.parametrize("preset", [None, "paper", "trl", "verl", "openrlhf"])
+def test_presets(ppo: Any, preset: str | None) -> None:
+    """A preset's values hold where the recipe says nothing, and what comes out reads as itself."""
+    made = ppo(preset=preset, group_size=3, epochs=7)
+    assert (made.group_size, made.epochs) == (3, 7)
+    for key, value in ({} if preset is None else ppo.PRESETS[preset]).items():
+        assert getattr(made, key) == (7 if key == "epochs" else value)
+    assert ppo(**made.model_dump()) == made and ppo(**json.loads(made.model_dump_json())) == made
+    assert ppo(preset=preset, dual_clip=None).dual_clip is None  # null is said, too
+
+
+def test_roles(ppo: Any) -> None:
+    """Who is needed, for every field that decides it."""
+    usual = {"policy", "value_model", "reference"}
+    for options, expected in (
+        ({}, usual),
+        ({"kl_placement": "loss"}, usual),
+        ({"kl_placement": "none"}, usual - {"reference"}),
+        ({"kl_coef": 0.0}, usual - {"reference"}),
+        ({"kl_placement": "none", "kl_controller": "lr_guard", "kl_boundaries": (1, 2)}, usual),
+        ({"critic": "reward_model"}, usual | {"reward_model"}),
+        ({"reward_placement": "dense"}, usual),
+        ({"reward_placement": "dense", "dense_reward": "potential"}, usual | {"reward_model"}),
+    ):
+        roles = ppo(**options).models()
+        assert roles.keys() == expected, options
+        assert {name for name, role in roles.items() if role.trained} == {"policy", "value_model"}
+        assert roles["value_model"].backbone == options.get("critic", "own")
 
 
 # ---- whitening and minibatches ---------------------------------------------------------------------------------------
@@ -243,25 +397,36 @@ def moved(algorithm: Any, **options: Any) -> tuple[Run, Any]:
     step = collect(run)[0]
     nudge(run.models["policy"], 0.05)
     nudge(run.models["value_model"].head, 0.05)
-    if run.algorithm.critic == "own":
+    if run.algorithm.critic != "shared":
         nudge(run.models["value_model"].backbone, 0.05, seed=6)
     return run, step
 
 
 def total_by_hand(
-    run: Run, step: Any, *, clip: tuple[float, float], value_clip: float | None, c_v: float, c_e: float
+    run: Run,
+    step: Any,
+    *,
+    clip: tuple[float, float],
+    value_clip: float | None,
+    c_v: float,
+    c_e: float,
+    dual: float = math.inf,
+    kl: Callable[[Tensor], Tensor] | None = None,
 ) -> Tensor:
-    """Token mean of max(-A rho, -A clip(rho)) + c_v / 2 max((V - R)^2, (clip(V) - R)^2) - c_e H, in plain torch."""
-    terms, held = [], []
+    """Token mean of max(-A rho, -A clip(rho)) + c_v / 2 max((V - R)^2, (clip(V) - R)^2) - c_e H, in plain torch;
+    for A < 0 at most -dual A, plus `kl` of a row's log pi - log ref."""
+    terms, held, dually_held = [], [], []
     for batch in step.microbatches:
+        reference = run.models["policy"] if kl is None else run.models["reference"]
         rows = zip(
             raw_logprobs(run.models["policy"], batch),
             raw_values(run.models["value_model"], batch),
             raw_entropies(run.models["policy"], batch),
+            numbers(raw_logprobs(reference, batch)),
             *(rows_of(getattr(batch, n), batch) for n in ("old_logprobs", "advantages", "returns", "old_values")),
             strict=True,
         )
-        for new, value, entropy, old, advantage, ret, old_value in rows:
+        for new, value, entropy, ref, old, advantage, ret, old_value in rows:
             ratio, a, r, v = (
                 (new - torch.tensor(old)).exp(),
                 torch.tensor(advantage),
@@ -269,40 +434,91 @@ def total_by_hand(
                 torch.tensor(old_value),
             )
             surrogate = torch.maximum(-a * ratio, -a * ratio.clip(1 - clip[0], 1 + clip[1]))
+            if dual < math.inf:
+                surrogate = torch.where(a < 0, torch.minimum(surrogate, -dual * a), surrogate)
+                dually_held.append((a < 0) & (ratio > dual))
             error = (value - r) ** 2
             if value_clip is not None:
                 kept = torch.minimum(torch.maximum(value, v - value_clip), v + value_clip)
                 held.append((kept != value).double())
                 error = torch.maximum(error, (kept - r) ** 2)
             terms.append(surrogate + c_v * 0.5 * error - c_e * entropy)
+            if kl is not None:
+                terms[-1] = terms[-1] + kl(new - torch.tensor(ref))
             held.append((surrogate != -a * ratio).double())
+    assert not dually_held or torch.cat(dually_held).any()
     assert 0.05 < torch.cat(held).mean() < 0.95, "both branches are wanted"
     return torch.cat(terms).mean()
 
 
-@pytest.mark.parametrize("critic", ["own", "shared"])
+K = {"k1": lambda d: d, "k2": lambda d: d**2 / 2, "k3": lambda d: (-d).exp() - 1 + d}
+
+
+def hinge(kind: str, threshold: float, weight: float) -> Callable[[Tensor], Tensor]:
+    """weight (k - threshold) at each token of a row whose mean k is above the threshold."""
+
+    def pays(d: Tensor) -> Tensor:
+        k = K[kind](d)
+        return weight * (k - threshold) * (k.mean() > threshold)
+
+    return pays
+
+
+@pytest.mark.parametrize("kind", ["k1", "k2", "k3"])
+def test_kl_in_the_loss(ppo: Any, kind: str) -> None:
+    """beta k of each token, differentiated."""
+    check_loss(ppo, {"kl": lambda d: 0.7 * K[kind](d)}, kl_placement="loss", kl_estimator=kind, kl_coef=0.7)
+
+
+@pytest.mark.parametrize("kind, threshold", [("k1", 0.0), ("k2", 0.06), ("k3", 0.06)])
+def test_a_threshold_in_the_loss(ppo: Any, kind: str, threshold: float) -> None:
+    options = {"kl_placement": "loss", "kl_estimator": kind, "kl_coef": 0.7, "kl_threshold": threshold}
+    run, step = check_loss(ppo, {"kl": hinge(kind, threshold, 0.7)}, **options)
+    drifts = [
+        K[kind](a - b).mean().item()
+        for x in step.microbatches
+        for a, b in zip(*(raw_logprobs(run.models[n], x) for n in ("policy", "reference")), strict=True)
+    ]
+    assert min(drifts) < threshold < max(drifts), "rows within the threshold and above it"
+
+
+def test_dual_clip(ppo: Any) -> None:
+    """c = 1.06, so that it binds: -c A at most where A < 0."""
+    check_loss(ppo, {"dual": 1.06}, dual_clip=1.06)
+
+
+@pytest.mark.parametrize("critic", ["own", "shared", "reward_model"])
 @pytest.mark.parametrize("value_clip", [0.03, None])
 def test_loss_and_gradient(ppo: Any, critic: str, value_clip: float | None) -> None:
-    run, step = moved(
-        ppo, critic=critic, clip_low=0.1, clip_high=0.05, value_clip=value_clip, value_coef=0.3, entropy_coef=0.02
-    )
+    check_loss(ppo, {"value_clip": value_clip}, critic=critic, value_clip=value_clip)
+
+
+def check_loss(algorithm: Any, by_hand: dict[str, Any], **options: Any) -> tuple[Run, Any]:
+    """Loss and gradient of every trained parameter against `total_by_hand`; `by_hand` are its arguments."""
+    settings = {"clip_low": 0.1, "clip_high": 0.05, "value_clip": None, "value_coef": 0.3, "entropy_coef": 0.02}
+    run, step = moved(algorithm, **(settings | options))
     loss, gradient = loss_and_gradient(run, step)
-    expected = total_by_hand(run, step, clip=(0.1, 0.05), value_clip=value_clip, c_v=0.3, c_e=0.02)
+    expected = total_by_hand(
+        run, step, **({"clip": (0.1, 0.05), "value_clip": None, "c_v": 0.3, "c_e": 0.02} | by_hand)
+    )
     assert_close(loss, expected.item(), **FLOAT64)
     expected.backward()
-    by_hand = {
+    plain = {
         f"{role}.{name}": torch.zeros_like(p) if p.grad is None else p.grad
         for role in run.optimizers
         for name, p in run.models[role].named_parameters()
         if f"{role}.{name}" in gradient
     }
-    assert len(by_hand) == len(gradient)
-    assert_close(flat(gradient), flat(by_hand), **FLOAT64)
+    assert len(plain) == len(gradient)
+    assert_close(flat(gradient), flat(plain), **FLOAT64)
+    for parameter in (p for model in run.models.values() if isinstance(model, nn.Module) for p in model.parameters()):
+        parameter.grad = None
+    return run, step
 
 
 def test_value_gradients_reach_a_shared_trunk_only(ppo: Any) -> None:
-    """The policy's gradient depends on value_coef where the trunk is shared, and not where the critic has its own."""
-    for critic, reaches in (("own", False), ("shared", True)):
+    """The policy's gradient depends on value_coef where the trunk is shared, and not where the critic has another."""
+    for critic, reaches in (("own", False), ("shared", True), ("reward_model", False)):
         gradients = []
         for coefficient in (0.0, 0.5):
             run, step = moved(ppo, critic=critic, value_coef=coefficient)
@@ -417,6 +633,26 @@ def test_value_warm_up_leaves_the_policy_alone(ppo: Any, critic: str, lora: bool
     assert any(not torch.equal(v, before[k]) for k, v in run.models["policy"].state_dict().items())
 
 
+def test_critic_on_the_reward_model(ppo: Any) -> None:
+    """It starts with the reward model's states and the value 0, learns by its adapter and head alone, and leaves the
+    reward model bit for bit."""
+    run = start_run(ppo(**TEN, critic="reward_model", epochs=2, learning_rate=0.01, value_learning_rate=0.01))
+    critic, judge = run.models["value_model"], run.models["reward_model"]
+    before = {k: v.clone() for k, v in judge.state_dict().items()}
+    (batch, *_) = collect(run)[0].microbatches
+    for own, its in zip(raw_states(critic, batch), raw_states(judge, batch), strict=True):
+        assert_close(own, its, **FLOAT64)
+    assert not batch.old_values.any()
+    trained = {name for name, p in critic.named_parameters() if p.requires_grad}
+    assert all(name.startswith("head.") or ".lora_" in name for name in trained) and len(trained) > 2
+    start = {k: v.clone() for k, v in critic.named_parameters()}
+    run.go(2)
+    assert all(torch.equal(v, before[k]) for k, v in judge.state_dict().items())
+    moved_ = {k for k, v in critic.named_parameters() if not torch.equal(v, start[k])}
+    assert moved_ == trained
+    assert not torch.equal(raw_states(critic, batch)[0], raw_states(judge, batch)[0])
+
+
 def test_learns(ppo: Any) -> None:
     options = {"learning_rate": 5e-3, "value_learning_rate": 2e-2, "epochs": 2, "kl_coef": 0.0}
     run = start_run(ppo(prompts_per_phase=8, group_size=4, **options), microbatch_rows=32)
@@ -486,100 +722,132 @@ def test_a_reference_that_is_another_model_is_found(ppo: Any) -> None:
         run.go(1)
 
 
+# ---- mutants ---------------------------------------------------------------------------------------------------------
+
+MUTANTS: list[tuple[str, str, Any, tuple[Any, ...]]] = [
+    ("token_rewards = token_rewards - penalty", "token_rewards = token_rewards + penalty", test_sparse_reward, ()),
+    ("token_rewards = token_rewards - penalty", "token_rewards = token_rewards", test_dense_reward, ()),
+    ("(mask * columns).argmax(-1)", "(mask * columns).argmax(-1) - 1", test_sparse_reward, ()),
+    ("(scores / mask.sum(-1))", "(scores / mask.shape[1])", test_dense_reward, ()),
+    ("gamma=self.gamma, gae_lambda=self.gae_lambda", "gamma=self.gae_lambda, gae_lambda=self.gamma", test_gae, ()),
+    ("0.0, found)", "found, found)", test_cut_off, ("bootstrap", 1.825)),
+    ("0.0, found)", "found, 0.0)", test_cut_off, ("bootstrap", 1.825)),
+    ('self.at_cutoff == "zero"', 'self.at_cutoff == "bootstrap"', test_cut_off, ("zero", 1.6)),
+    ("unjudged=0.0", "unjudged=1.0", test_no_reward_counts_as_zero, ()),
+    ('self.kl_placement == "reward"', "True", test_a_kl_that_is_not_in_the_reward, ("loss",)),
+    ("(scores - penalty.sum(-1)).mean()", "token_rewards.sum(-1).mean()", test_potential, ()),
+    ("self.shaping_coef * potential_shaping", "potential_shaping", test_potential, ()),
+    ("potential_shaping(potentials, mask, self.gamma", "potential_shaping(potentials, mask, 1.0", test_potential, ()),
+    ("token_rewards + self.shaping_coef", "token_rewards - self.shaping_coef", test_potential, ()),
+    ("self.gamma, final)", "self.gamma)", test_potential_of_a_completion_that_was_cut_off, ("bootstrap",)),
+    ("prefix_rewards(models", "values(models", test_potential, ()),
+    ("scores - given.sum(-1)", "scores", test_given_token_scores, ({}, (0.5, -1.0, 2.5))),
+    ("self.reward_scale * torch", "torch", test_given_token_scores, ({"reward_scale": 2.0}, (1.0, -2.0, 5.0))),
+    ("masked_scatter(mask, ", "masked_scatter(mask, -", test_token_scores_of_a_reward_function, ()),
+    ("state.phase == 0 and all(", "False and all(", test_token_scores_that_nobody_gives, ()),
+    ("shift_mean=False", "shift_mean=True", test_whitened_rewards_keep_their_mean, ()),
+    (
+        "advantages = masked_whiten(advantages, mask)",
+        "advantages = returns = masked_whiten(advantages, mask)",
+        test_whitening_spans_the_phase,
+        (),
+    ),
+    ("policy_terms = clipped_surrogate(", "policy_terms = -clipped_surrogate(", test_loss_and_gradient, ("own", None)),
+    (
+        "scores.logprobs - batch.old_logprobs, 0.0)",
+        "batch.old_logprobs - scores.logprobs, 0.0)",
+        test_loss_and_gradient,
+        ("own", None),
+    ),
+    (
+        "(self.clip_low, self.clip_high, self.dual",
+        "(self.clip_high, self.clip_low, self.dual",
+        test_loss_and_gradient,
+        ("own", None),
+    ),
+    ("self.clip_high, self.dual_clip)", "self.clip_high, None)", test_dual_clip, ()),
+    ("+ self.value_coef * value_terms", "- self.value_coef * value_terms", test_loss_and_gradient, ("own", None)),
+    ("terms - self.entropy_coef", "terms + self.entropy_coef", test_loss_and_gradient, ("own", None)),
+    (
+        "if self.entropy_coef:  # an entropy",
+        "if True:  # an entropy",
+        test_an_entropy_that_is_not_trained_on_is_not_differentiated,
+        (),
+    ),
+    ("batch.returns, self.value_clip)", "batch.returns, None)", test_loss_and_gradient, ("shared", 0.03)),
+    ("aggregate(terms, mask)", "aggregate(terms, mask, 'sequence')", test_loss_and_gradient, ("own", None)),
+    ("completion_tokens(pieces)))", "len(pieces)))", test_loss_and_gradient, ("own", None)),
+    (
+        'terms + state.algorithm["kl_coef"] * kl',
+        'terms - state.algorithm["kl_coef"] * kl',
+        test_kl_in_the_loss,
+        ("k2",),
+    ),
+    ('terms + state.algorithm["kl_coef"] * kl', "terms + kl", test_kl_in_the_loss, ("k3",)),
+    ('terms + state.algorithm["kl_coef"] * kl', "terms", test_kl_in_the_loss, ("k1",)),
+    ('self.kl_placement == "loss"', 'self.kl_placement == "reward"', test_kl_in_the_loss, ("k2",)),
+    (
+        "start_step=self.value_warmup_steps",
+        "start_step=0",
+        test_value_warm_up_leaves_the_policy_alone,
+        ("shared", False),
+    ),
+    ("backbone=self.critic", 'backbone="own"', test_value_gradients_reach_a_shared_trunk_only, ()),
+    (
+        'metrics["policy/approx_kl"] > limit',
+        'metrics["policy/approx_kl"] < limit',
+        test_kl_early_stop_ends_the_phase,
+        (),
+    ),
+    (
+        "dropout: ClassVar[bool] = False",
+        "dropout: ClassVar[bool] = True",
+        test_every_phase_starts_at_ratio_one,
+        ("own", 1.0, False),
+    ),
+    ("gap(value, batch.old_values, batch)", "0.0", test_dropout_that_is_on_in_the_critic_is_found, ()),
+    ("if state.step == 0:", "if False:", test_a_reference_that_is_another_model_is_found, ()),
+    ("{state.phase}/{epoch}", "{state.phase}", test_minibatches, ()),
+    ("if self.measures_kl:\n            roles", "if True:\n            roles", test_roles, ()),
+    ('or self.critic == "reward_model"', "", test_roles, ()),
+]
+MUTANTS_BELOW: list[tuple[str, str, Any, tuple[Any, ...]]] = [
+    (
+        "kl_estimate(keep(logprobs, mask), keep(reference_logprobs, mask)",
+        "kl_estimate(keep(reference_logprobs, mask), keep(logprobs, mask)",
+        test_sparse_reward,
+        (),
+    ),
+    ("self.kl_estimator)", "'k2')", test_sparse_reward, ()),
+    (
+        "keep(kl, mask) if self.kl_threshold is None else above",
+        "kl if True else above",
+        test_a_threshold_in_the_reward,
+        (),
+    ),
+    ("self.missing_stop_penalty * (~", "self.missing_stop_penalty * (", test_penalty_before_clip, ()),
+    ("min(0.2, max(-0.2, error))", "min(1.0, max(-1.0, error))", test_adaptive_controller, (4.0, 0.501)),
+    ("        ) - 1\n", "        )\n", test_adaptive_controller, (2.0, 0.5)),
+    ("per_sequence = of_rows.mean()", "per_sequence = drift.mean()", test_adaptive_controller, (2.0, 0.5)),
+    (
+        'score(models["reference"], b, temperature=temperature)',
+        'score(models["reference"], b, temperature=1.0)',
+        test_every_phase_starts_at_ratio_one,
+        ("own", 0.6, False),
+    ),
+]
+"""Of what it has in common with other methods."""
+
+
 @pytest.mark.parametrize(
-    "text, replacement, test, arguments",
-    [
-        ("(-kl_penalty).scatter_add", "(kl_penalty).scatter_add", test_sparse_reward, ()),
-        (
-            "last_action = (mask * columns).argmax(-1)",
-            "last_action = (mask * columns).argmax(-1) - 1",
-            test_sparse_reward,
-            (),
-        ),
-        (
-            "kl_estimate(batch.old_logprobs, batch.reference_logprobs,",
-            "kl_estimate(batch.reference_logprobs, batch.old_logprobs,",
-            test_sparse_reward,
-            (),
-        ),
-        ("(scores / mask.sum(-1))", "(scores / mask.shape[1])", test_dense_reward, ()),
-        ("0.0) - kl_penalty", "0.0)", test_dense_reward, ()),
-        ("gamma=self.gamma, gae_lambda=self.gae_lambda", "gamma=self.gae_lambda, gae_lambda=self.gamma", test_gae, ()),
-        ("torch.where(stopped, 0.0, after_cutoff)", "after_cutoff", test_cut_off, ("bootstrap", 1.825)),
-        (
-            "torch.where(stopped, 0.0, after_cutoff)",
-            "torch.where(stopped, after_cutoff, 0.0)",
-            test_cut_off,
-            ("bootstrap", 1.825),
-        ),
-        (
-            "scores - self.missing_stop_penalty * (~",
-            "scores - self.missing_stop_penalty * (",
-            test_penalty_before_clip,
-            (),
-        ),
-        ("nan=0.0", "nan=1.0", test_no_reward_counts_as_zero, ()),
-        ("min(0.2, max(-0.2,", "min(1.0, max(-1.0,", test_adaptive_controller, (4.0, 0.501)),
-        ("self.kl_target_per_sequence - 1", "self.kl_target_per_sequence", test_adaptive_controller, (2.0, 0.5)),
-        ("drift.sum(-1).mean()", "drift.mean()", test_adaptive_controller, (2.0, 0.5)),
-        ("shift_mean=False", "shift_mean=True", test_whitened_rewards_keep_their_mean, ()),
-        (
-            "advantages = masked_whiten(advantages, mask)",
-            "advantages = returns = masked_whiten(advantages, mask)",
-            test_whitening_spans_the_phase,
-            (),
-        ),
-        (
-            "policy_terms = clipped_surrogate(",
-            "policy_terms = -clipped_surrogate(",
-            test_loss_and_gradient,
-            ("own", None),
-        ),
-        (
-            "scores.logprobs - batch.old_logprobs, 0.0)",
-            "batch.old_logprobs - scores.logprobs, 0.0)",
-            test_loss_and_gradient,
-            ("own", None),
-        ),
-        ("+ self.value_coef * value_terms", "- self.value_coef * value_terms", test_loss_and_gradient, ("own", None)),
-        ("terms - self.entropy_coef", "terms + self.entropy_coef", test_loss_and_gradient, ("own", None)),
-        ("if self.entropy_coef:", "if True:", test_an_entropy_that_is_not_trained_on_is_not_differentiated, ()),
-        ("batch.returns, self.value_clip)", "batch.returns, None)", test_loss_and_gradient, ("shared", 0.03)),
-        ("aggregate(terms, mask)", "aggregate(terms, mask, 'sequence')", test_loss_and_gradient, ("own", None)),
-        ("completion_tokens(pieces)))", "len(pieces)))", test_loss_and_gradient, ("own", None)),
-        (
-            "start_step=self.value_warmup_steps",
-            "start_step=0",
-            test_value_warm_up_leaves_the_policy_alone,
-            ("shared", False),
-        ),
-        (
-            'metrics["policy/approx_kl"] > limit',
-            'metrics["policy/approx_kl"] < limit',
-            test_kl_early_stop_ends_the_phase,
-            (),
-        ),
-        (
-            "piece, temperature=self.temperature).logprobs",
-            "piece, temperature=1.0).logprobs",
-            test_every_phase_starts_at_ratio_one,
-            ("own", 0.6, False),
-        ),
-        (
-            "dropout: ClassVar[bool] = False",
-            "dropout: ClassVar[bool] = True",
-            test_every_phase_starts_at_ratio_one,
-            ("own", 1.0, False),
-        ),
-        ("gap(value, batch.old_values, batch)", "0.0", test_dropout_that_is_on_in_the_critic_is_found, ()),
-        ("if state.step == 0:", "if False:", test_a_reference_that_is_another_model_is_found, ()),
-        ("{state.phase}/{epoch}", "{state.phase}", test_minibatches, ()),
-    ],
+    "used, text, replacement, test, arguments",
+    [*((None, *case) for case in MUTANTS), *((online_module, *case) for case in MUTANTS_BELOW)],
 )
+@pytest.mark.filterwarnings("ignore:Mean of empty slice", "ignore:Degrees of freedom")
 def test_mutants_are_noticed(
-    text: str, replacement: str, test: Any, arguments: tuple[Any, ...], monkeypatch: Any
+    used: Any, text: str, replacement: str, test: Any, arguments: tuple[Any, ...], monkeypatch: Any
 ) -> None:
-    changed = mutant(module, text, replacement)
+    changed = mutant(module, text, replacement, used=used)
     if test is test_an_entropy_that_is_not_trained_on_is_not_differentiated:
         arguments = (monkeypatch,)
     with pytest.raises((AssertionError, RunError, pytest.fail.Exception)):

@@ -1,5 +1,6 @@
 """The reward model's loss against -log sigmoid(r_w - r_l - margin) + c (r_w + r_l)^2, from raw last hidden states."""
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,8 @@ from tests.algorithms.world import PAIRS, collect, flat, loss_and_gradient, muta
 from tests.tolerances import EXACT, FLOAT64
 
 EIGHT = {"pairs_per_step": 8, "use_margin": True, "centering_coef": 0.01}
+NAMES = {"sum": np.sum, "log_sigmoid": lambda x: -np.log1p(np.exp(-x))}
+"""What a printed formula may call here, in NumPy."""
 
 
 @pytest.fixture
@@ -65,6 +68,75 @@ def test_margins_are_left_out_unless_asked_for(reward_model: Any) -> None:
     assert_close(loss_and_gradient(run, step)[0], float(np.mean(terms)), **FLOAT64)
 
 
+def scored_pairs(run: Any, step: Any) -> dict[str, np.ndarray]:
+    """Raw scores and margins of all pairs of a step, in one order."""
+    columns: dict[str, list[np.ndarray]] = {"chosen": [], "rejected": [], "margin": []}
+    for batch in step.microbatches:
+        scores, half = raw_scores(run.models["reward_model"], batch).detach().numpy(), len(batch) // 2
+        columns["chosen"].append(scores[:half])
+        columns["rejected"].append(scores[half:])
+        columns["margin"].append(batch.margin[:half].numpy())
+    return {name: np.concatenate(parts) for name, parts in columns.items()}
+
+
+def test_label_smoothing(reward_model: Any) -> None:
+    """A fifth of the labels wrong: .8 of the pair's loss and .2 of that of the pair turned round, margin and all."""
+    run = start_run(reward_model(**EIGHT | {"label_smoothing": 0.2}))
+    (step,) = collect(run)
+    r = scored_pairs(run, step)
+    right = np.log1p(np.exp(-(r["chosen"] - r["rejected"] - r["margin"])))
+    wrong = np.log1p(np.exp(-(r["rejected"] - r["chosen"] - r["margin"])))
+    by_hand = 0.8 * right + 0.2 * wrong + 0.01 * (r["chosen"] + r["rejected"]) ** 2
+    assert_close(loss_and_gradient(run, step)[0], float(by_hand.mean()), **FLOAT64)
+
+
+FORMULAS = {
+    "plain": {"use_margin": False, "centering_coef": 0.0},
+    "margin": {"use_margin": True, "centering_coef": 0.0},
+    "centering": {"use_margin": False, "centering_coef": 0.3},
+    "smoothing": {"use_margin": False, "centering_coef": 0.0, "label_smoothing": 0.1},
+    "all": {"use_margin": True, "centering_coef": 0.02, "label_smoothing": 0.3},
+}
+
+
+@pytest.mark.parametrize("case", FORMULAS)
+def test_the_printed_formula_is_the_executed_loss(reward_model: Any, case: str) -> None:
+    run = start_run(reward_model(pairs_per_step=8, **FORMULAS[case]))
+    (step,) = collect(run)
+    values: dict[str, Any] = {**NAMES, **scored_pairs(run, step), "pairs": step.normaliser}
+    for line in run.algorithm.formula():
+        exec(line, {"__builtins__": {}}, values)
+    assert_close(loss_and_gradient(run, step)[0], float(values["loss"]), **FLOAT64)
+
+
+def test_presets_are_what_their_libraries_do() -> None:
+    """Read from their sources and the paper's appendix; what the recipe says goes over them."""
+    make = module.RewardModel
+    assert make().preset is None and make().centering_coef == 0.01
+    trl, openrlhf, paper = (make(preset=name) for name in ("trl", "openrlhf", "paper"))
+    assert (trl.learning_rate, trl.pairs_per_step, trl.use_margin, trl.centering_coef) == (1e-4, 8, True, 0)
+    assert (openrlhf.learning_rate, openrlhf.pairs_per_step, openrlhf.centering_coef) == (9e-6, 128, 0)
+    assert (paper.learning_rate, paper.pairs_per_step, paper.use_margin) == (9e-6, 64, False)
+    assert make(preset="trl", centering_coef=0.01).centering_coef == 0.01
+
+
+def test_padding_and_its_ids_mean_nothing(reward_model: Any) -> None:
+    """Scores are read at the last attended token: longer padding, with any id, changes neither loss nor gradient."""
+    run = start_run(reward_model(**EIGHT), microbatch_rows=16)
+    (step,) = collect(run)
+    (batch,) = step.microbatches
+    for pad_id in (0, 1, 4, 20):  # the pad, both stop tokens, a letter
+        filled = torch.where(batch.attention_mask, batch.input_ids, pad_id)
+        wider = {
+            "input_ids": torch.nn.functional.pad(filled, (0, 3), value=pad_id),
+            "attention_mask": torch.nn.functional.pad(batch.attention_mask, (0, 3)),
+            "completion_mask": torch.nn.functional.pad(batch.completion_mask, (0, 3)),
+        }
+        padded = replace(step, microbatches=(replace(batch, **wider),))
+        for found, expected in zip(loss_and_gradient(run, padded), loss_and_gradient(run, step), strict=True):
+            assert_close(found, expected, **FLOAT64)
+
+
 def test_metrics(reward_model: Any) -> None:
     """Accuracy counts a tie one half: a head of zeros cannot tell any pair apart, loses ln 2 a pair, and scores 0."""
     run = start_run(reward_model(**EIGHT | {"use_margin": False}))
@@ -98,6 +170,8 @@ def test_learns_to_tell_pairs_apart(reward_model: Any) -> None:
         ("/ 2)", "/ 1)", test_loss),
         ("if self.use_margin and", "if", test_margins_are_left_out_unless_asked_for),
         ("0.5 * (chosen == rejected)", "0.0 * (chosen == rejected)", test_metrics),
+        ("label_smoothing=self.label_smoothing", "label_smoothing=0.0", test_label_smoothing),
+        (", label_smoothing=self.label_smoothing", "", test_label_smoothing),
     ],
 )
 def test_mutants_are_noticed(text: str, replacement: str, test: Any) -> None:

@@ -26,6 +26,7 @@ from transformers.models.gemma3.modeling_gemma3 import Gemma3RMSNorm, Gemma3Rota
 from alignlab.conversation import Template
 from alignlab.generate import Sampling
 from alignlab.models import (
+    ScalarModel,
     disable_dropout,
     has_adapter,
     make_reference,
@@ -34,9 +35,9 @@ from alignlab.models import (
     unwrap,
 )
 from alignlab.optim import AdamWChoice, Schedule, build_optimizers
-from alignlab.rollout import Limits, Reward, Source, encode_examples, encode_pairs
+from alignlab.rollout import Limits, Reward, Source, encode_examples, encode_labelled, encode_pairs
 from alignlab.train import Finished, train
-from alignlab.types import Batch, Completion, Example, Group, LoopState, Message, Pair, Prompt, Rollout, Step
+from alignlab.types import Batch, Completion, Example, Group, Labelled, LoopState, Message, Pair, Prompt, Rollout, Step
 
 CONTROL = ["<pad>", "<eos>", "<bos>", "<start_of_turn>", "<end_of_turn>"]
 CHARACTERS = string.ascii_lowercase + string.digits + " +=?\n"
@@ -45,6 +46,10 @@ CHAT_TEMPLATE = (
     "{{ m.content }}<end_of_turn>\n{% endfor %}{% if add_generation_prompt %}<start_of_turn>model\n{% endif %}"
 )
 MAX_TOKENS = 8
+TEACHER = 9
+"""Seed of the teacher's weights: another model with the same tokenizer."""
+REWARD_MODEL = 13
+"""Seed of the weights of the reward model that was trained before."""
 
 
 # ---- the parts -------------------------------------------------------------------------------------------------------
@@ -158,6 +163,17 @@ PAIRS = tuple(
     )
 )
 
+LABELLED = tuple(
+    Labelled(prompt=p, completion=a, label=good)
+    for p, a, good in zip(
+        PROMPTS,
+        ("2", "twenty", "what", "is 15", "15 or so", "9 9 9 9", "26", "?"),
+        (True, False, False, True, True, False, True, False),
+        strict=True,
+    )
+)
+"""Single completions with a verdict, good and bad ones of unequal lengths."""
+
 
 def digit_share(prompts: Sequence[Prompt], completions: Sequence[Completion]) -> list[float | None]:
     """A reward that varies among siblings: the share of digits, plus a little for length."""
@@ -174,6 +190,7 @@ def world_source(microbatch_rows: int) -> Source:
         sampling=Sampling(max_completion_tokens=MAX_TOKENS),
         examples=encode_examples(EXAMPLES, template(), limits),
         pairs=encode_pairs(PAIRS, template(), limits),
+        labelled=encode_labelled(LABELLED, template(), limits),
         prompts=PROMPTS,
         rewards=[Reward(name="digits", function=digit_share, weight=1.0)],
     )
@@ -196,15 +213,28 @@ def build_models(algorithm: Any, start: Any) -> dict[str, Any]:
     for name, role in roles.items():
         if name == "reference":
             models[name] = make_reference(start, fresh_adapter=has_adapter(start))
-        elif name == "reward_model":
+        elif name == "reward_model" and role.trained:
             models[name] = make_reward_model(models.pop("policy"), seed=0)
             fill(models[name].head, 77)
-        elif name == "value_model":
-            models[name] = make_value_model(start, role.backbone)
+        elif name == "reward_model":
+            models[name] = frozen_reward_model(next(start.parameters()).dtype)
+        elif name == "teacher":
+            models[name] = policy(TEACHER, dtype=next(start.parameters()).dtype).requires_grad_(False)
+    if "value_model" in roles:  # last, as it may grow from the reward model
+        models["value_model"] = make_value_model(start, roles["value_model"].backbone, models.get("reward_model"))
     for name, role in roles.items():
         if isinstance(models[name], nn.Module):
             models[name].train(role.trained and algorithm.dropout)
     return models
+
+
+def frozen_reward_model(dtype: torch.dtype = torch.float64) -> ScalarModel:
+    """A reward model as it comes out of training: weights of its own, normalised scores, nothing trained any more."""
+    model = make_reward_model(policy(REWARD_MODEL, dtype=dtype), seed=0)
+    fill(model.head, 77)
+    model.set_normalisation(0.3, 0.5)
+    disable_dropout(model)
+    return model.requires_grad_(False).eval()
 
 
 @dataclass
@@ -285,6 +315,22 @@ def loss_and_gradient(run: Run, step: Step) -> tuple[float, dict[str, Tensor]]:
     return total, gradient
 
 
+FORMULA_NAMES: dict[str, Any] = {
+    "abs": np.abs, "exp": np.exp, "log": np.log, "sqrt": np.sqrt, "clip": np.clip, "where": np.where, "sum": np.sum,
+    "maximum": np.maximum, "minimum": np.minimum, "sigmoid": lambda x: 1 / (1 + np.exp(-x)),
+    "log_sigmoid": lambda x: -np.logaddexp(0, -x), "log1mexp": lambda x: np.log1p(-np.exp(x)),
+}  # fmt: skip
+"""What a formula may call, as far as losses of whole completions need it."""
+
+
+def formula_value(lines: Sequence[str], inputs: Mapping[str, Any]) -> float:
+    """`loss` after the assignments of a formula, evaluated with NumPy over the given inputs."""
+    names = {**FORMULA_NAMES, **inputs}
+    for line in lines:
+        exec(line, {"__builtins__": {}}, names)
+    return float(names["loss"])
+
+
 def flat(gradient: Mapping[str, Tensor]) -> Tensor:
     return torch.cat([g.flatten() for g in gradient.values()])
 
@@ -332,6 +378,23 @@ def raw_values(value_model: Any, batch: Batch) -> list[Tensor]:
     ]
 
 
+def pair_inputs(run: Run, step: Step) -> dict[str, Any]:
+    """What a formula over pairs reads, from raw log-softmaxes: (B,) sums over tokens, and how many these are."""
+    of_batches = []
+    for batch in step.microbatches:
+        policy, reference = (
+            [x.sum() for x in numbers(raw_logprobs(run.models[role], batch))] if role in run.models else []
+            for role in ("policy", "reference")
+        )
+        tokens, half = batch.completion_mask.sum(-1).tolist(), len(batch) // 2
+        named = {"": policy, "reference_": reference}
+        found = {f"{prefix}chosen": v[:half] for prefix, v in named.items()}
+        found |= {f"{prefix}rejected": v[half:] for prefix, v in named.items()}
+        of_batches.append({**found, "chosen_tokens": tokens[:half], "rejected_tokens": tokens[half:]})
+    joined = {name: np.concatenate([np.array(b[name]) for b in of_batches]) for name in of_batches[0]}
+    return {**joined, "pairs": len(joined["chosen"])}
+
+
 def rows_of(tensor: Tensor | None, batch: Batch) -> list[np.ndarray]:
     """A (B, T) tensor as one NumPy array of completion entries a row."""
     assert tensor is not None
@@ -351,7 +414,9 @@ class FixedSource(Source):
 
     groups: tuple[Group, ...] = ()
 
-    def rollouts(self, policy: Any, num_prompts: int, group_size: int, state: LoopState) -> tuple[Group, ...]:
+    def rollouts(
+        self, policy: Any, num_prompts: int, group_size: int, state: LoopState, **options: Any
+    ) -> tuple[Group, ...]:
         return self.groups
 
 
@@ -359,8 +424,10 @@ class FixedSource(Source):
 class SlippingSource(Source):
     """Moves the policy's weights a little after sampling: what was sampled is no longer what is trained."""
 
-    def rollouts(self, policy: Any, num_prompts: int, group_size: int, state: LoopState) -> tuple[Group, ...]:
-        groups = super().rollouts(policy, num_prompts, group_size, state)
+    def rollouts(
+        self, policy: Any, num_prompts: int, group_size: int, state: LoopState, **options: Any
+    ) -> tuple[Group, ...]:
+        groups = super().rollouts(policy, num_prompts, group_size, state, **options)
         nudge(policy, 0.01)
         return groups
 
@@ -401,11 +468,25 @@ def rollout(
     return replace(made, completion=replace(bare, logprobs=recorded))
 
 
-def mutant(module: ModuleType, text: str, replacement: str) -> Any:
-    """The algorithm of a fresh copy of `module` in whose source the only occurrence of `text` is replaced."""
+def mutant(module: ModuleType, text: str, replacement: str, *, used: ModuleType | None = None) -> Any:
+    """The algorithm of a fresh copy of `module` in whose source the only occurrence of `text` is replaced; with `used`,
+    of a copy that imports from a copy of `used` with that replacement."""
+    if used is None:
+        return _changed(module, text, replacement).ALGORITHM
+    original = sys.modules[used.__name__]
+    sys.modules[used.__name__] = _changed(used, text, replacement)
+    try:
+        return _changed(module, "", "").ALGORITHM
+    finally:
+        sys.modules[used.__name__] = original
+
+
+def _changed(module: ModuleType, text: str, replacement: str) -> ModuleType:
     code = inspect.getsource(module)
-    assert code.count(text) == 1, f"{text!r} occurs {code.count(text)} times in {module.__name__}: update the mutant"
+    if text:
+        assert code.count(text) == 1, f"{text!r} occurs {code.count(text)} times in {module.__name__}: update it"
+        code = code.replace(text, replacement)
     copied = ModuleType(f"{module.__name__}_mutant")
     sys.modules[copied.__name__] = copied  # where pydantic looks the annotations up
-    exec(compile(code.replace(text, replacement), str(module.__file__), "exec"), copied.__dict__)
-    return copied.ALGORITHM
+    exec(compile(code, str(module.__file__), "exec"), copied.__dict__)
+    return copied

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import inspect
 import math
+import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -25,10 +28,11 @@ from alignlab.evaluation import (
 from alignlab.forward import rewards
 from alignlab.generate import Sampling
 from alignlab.models import ModelChoice, frozen_policy, load_tokenizer, make_reward_model
-from alignlab.rollout import Limits, Source, encode_pairs, sample_prompts
+from alignlab.rollout import Limits, Reward, Source, encode_pairs, sample_prompts
 from alignlab.statistics.inference import prompt_interval, wilson_interval
 from alignlab.types import Completion, Message, Pair, Prompt, Row
 from tests.runs import small_model
+from tests.statistics.mutants import mutated
 from tests.tolerances import FLOAT32, FLOAT64
 
 SAMPLING = Sampling(max_completion_tokens=12)
@@ -275,3 +279,121 @@ def test_ties_count_one_half_and_are_not_decisive(folder: Path, template: Templa
     found = evaluate_reward_model(model, source, ["reasoning"])
     assert found.metrics["preference/accuracy"] == 0.5 and "preference/accuracy" not in found.intervals
     torch.testing.assert_close(torch.tensor(0.5), torch.tensor(found.scores["pair/0"]), **FLOAT32)
+
+
+# ---- best of n -------------------------------------------------------------------------------------------------------
+
+
+def by_length(prompts: Sequence[Prompt], completions: Sequence[Completion]) -> list[float | None]:
+    """The longer the better; what says nothing is not judged."""
+    return [float(len(c.text)) if c.text else None for c in completions]
+
+
+LENGTH = Reward(name="length", function=by_length, weight=1.0)
+
+
+def test_the_best_candidate_of_each_sample_is_graded(
+    folder: Path, template: Template, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two samples of three candidates: sample 0 has completions 0, 2, 4, sample 1 has 1, 3, 5. The longest wins, the
+    first of equals, and what is not judged loses. Not by the grader: the right answer of sample 1 is short."""
+    longer = f"{WRONG} "
+    answers(monkeypatch, {"reasoning/0": [WRONG, RIGHT, RIGHT + "  ", longer, "", ""]})
+    found = evaluate_policy(load(folder), PROMPTS[:1], template, SAMPLING, samples=2, best_of=3, rewards=[LENGTH])
+    assert [s["text"] for s in found.samples] == [RIGHT + "  ", longer]
+    assert found.scores == {"reasoning/0": 0.5}
+    answers(monkeypatch, {"reasoning/0": ["", "", WRONG, "a", RIGHT, "b"]})
+    found = evaluate_policy(load(folder), PROMPTS[:1], template, SAMPLING, samples=2, best_of=3, rewards=[LENGTH])
+    assert [s["text"] for s in found.samples] == [WRONG, "a"]
+
+
+def test_what_the_choice_costs_and_gains(folder: Path, template: Template, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Texts of 1, 2, 3, 4 letters for one sample of four: chosen 4, mean 2.5. Four completions of three tokens an
+    answer. KL of best of 4 to one sample: at most log 4 - 3/4."""
+    answers(monkeypatch, {"code/0": ["a", "ab", "abc", "abcd"]})
+    found = evaluate_policy(load(folder), PROMPTS[3:4], template, SAMPLING, best_of=4, rewards=[LENGTH])
+    assert {k: v for k, v in found.metrics.items() if k.startswith("inference/")} == pytest.approx(
+        {
+            "inference/tokens_per_answer": 12.0,
+            "inference/candidates": 4.0,
+            "inference/reward": 4.0,
+            "inference/reward_gain": 1.5,
+            "inference/kl_bound": math.log(4) - 0.75,
+        },
+        **approx(),
+    )
+    assert found.metrics["completion/length"] == 3.0 and len(found.samples) == 1
+    answers(monkeypatch, {"code/0": ["a"]})
+    plain = evaluate_policy(load(folder), PROMPTS[3:4], template, SAMPLING)
+    assert plain.metrics["inference/tokens_per_answer"] == 3.0 and "inference/candidates" not in plain.metrics
+
+
+def test_an_indifferent_reward_changes_nothing_but_the_cost(folder: Path, template: Template) -> None:
+    """The first candidate of each sample is the completion that would be graded without a choice."""
+    same = Reward(name="same", function=lambda prompts, completions: [0.5] * len(prompts), weight=1.0)
+    policy, reference = load(folder), load(folder, shift=0.5)
+    plain = evaluate_policy(policy, PROMPTS, template, SAMPLING, samples=3, reference=reference)
+    chosen = evaluate_policy(
+        policy, PROMPTS, template, SAMPLING, samples=3, reference=reference, best_of=4, rewards=[same]
+    )
+    assert chosen.samples == plain.samples and chosen.scores == plain.scores
+    paid = chosen.metrics["inference/tokens_per_answer"]
+    assert paid > 3 * plain.metrics["inference/tokens_per_answer"]
+    for name, value in plain.metrics.items():
+        assert name == "inference/tokens_per_answer" or chosen.metrics[name] == value, name
+
+
+def test_the_kl_is_of_the_policy_and_not_of_the_choice(folder: Path, template: Template) -> None:
+    """Chosen completions are no samples of the policy: their log ratios would not average to its divergence."""
+    policy, reference = load(folder), load(folder, shift=0.5)
+    plain, chosen = (
+        evaluate_policy(policy, PROMPTS, template, SAMPLING, samples=2, reference=reference, **options)  # type: ignore[arg-type]
+        for options in ({}, {"best_of": 3, "rewards": [LENGTH]})
+    )
+    assert [s["text"] for s in plain.samples] != [s["text"] for s in chosen.samples]
+    for name in ("policy/kl_per_sequence", "policy/kl_per_token"):
+        assert chosen.metrics[name] == plain.metrics[name]
+
+
+def test_more_candidates_earn_more(folder: Path, template: Template) -> None:
+    earned = [
+        evaluate_policy(load(folder), PROMPTS, template, SAMPLING, samples=2, best_of=n, rewards=[LENGTH]).metrics[
+            "inference/reward"
+        ]
+        for n in (2, 4, 8)
+    ]
+    assert earned[0] <= earned[1] <= earned[2] and earned[0] < earned[2]
+
+
+def test_candidates_that_nothing_judges_are_an_error(folder: Path, template: Template) -> None:
+    with pytest.raises(UserError, match="none is named"):
+        evaluate_policy(load(folder), PROMPTS[:1], template, SAMPLING, best_of=2)
+
+
+@pytest.mark.parametrize(
+    ("text", "replacement", "test"),
+    [
+        ("(best[p, s]) * samples + s]", "(best[p, s]) + s * best_of]",
+         test_the_best_candidate_of_each_sample_is_graded),
+        ("-np.inf, by_sample).argmax(1)", "np.inf, by_sample).argmax(1)",
+         test_the_best_candidate_of_each_sample_is_graded),
+        ("-np.inf, by_sample).argmax(1)", "-np.inf, -by_sample).argmax(1)",
+         test_the_best_candidate_of_each_sample_is_graded),
+        ("siblings])) * best_of", "siblings]))", test_what_the_choice_costs_and_gains),
+        ("- (best_of - 1) / best_of", "", test_what_the_choice_costs_and_gains),
+        ("np.nanmean(picked) - np.nanmean(by_sample)", "np.nanmean(picked)", test_what_the_choice_costs_and_gains),
+        ("siblings[:samples] for siblings in candidates", "siblings for siblings in chosen",
+         test_the_kl_is_of_the_policy_and_not_of_the_choice),
+    ],
+)  # fmt: skip
+def test_mutants_of_the_choice_are_noticed(
+    text: str, replacement: str, test: Any, folder: Path, template: Template, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    changed = mutated(evaluation, text, replacement)
+    monkeypatch.setattr(evaluation, "choose", changed.choose)
+    monkeypatch.setitem(test.__globals__, "evaluate_policy", changed.evaluate_policy)
+    monkeypatch.setattr(sys.modules[__name__], "evaluation", changed)
+    names = inspect.signature(test).parameters
+    given = {"folder": folder, "template": template, "monkeypatch": monkeypatch}
+    with pytest.raises((AssertionError, IndexError)):
+        test(**{name: given[name] for name in names})

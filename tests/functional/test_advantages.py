@@ -4,6 +4,7 @@ import math
 from types import ModuleType
 from typing import Any, Literal
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -69,6 +70,79 @@ def test_missing_rewards(advantages: ModuleType) -> None:
 def test_leave_one_out(advantages: ModuleType) -> None:
     """1 - (2 + 6) / 2 = -3;  2 - (1 + 6) / 2 = -1.5;  6 - (1 + 2) / 2 = 4.5."""
     assert_close(advantages.leave_one_out(doubles([1, 2, 6]), 3), doubles([-3, -1.5, 4.5]), **FLOAT64)
+
+
+def test_leave_one_out_under_every_scale(advantages: ModuleType) -> None:
+    """Three halves of the centred (-1, 0, 1, -2, -2, 4); the spreads are those of `test_group_scale` and
+    `test_batch_scale`, for a baseline does not change how far rewards lie apart."""
+    root, batch = math.sqrt(12) + 0.5, math.sqrt(176 / 5) + 0.5
+    above = doubles([-1.5, 0, 1.5, -3, -3, 6])
+    for scale, divisor in (
+        ("none", doubles([1.0] * 6)),
+        ("group", doubles([1.5] * 3 + [root] * 3)),
+        ("batch", doubles([batch] * 6)),
+    ):
+        found = advantages.group_advantages(doubles(REWARDS), 3, scale, 0.5, "leave_one_out")
+        assert_close(found, above / divisor, **FLOAT64)
+
+
+def test_running_advantages(advantages: ModuleType) -> None:
+    """(1, 2, 6) against 4: (-3, -2, 2); their mean is 3, squares 4 + 1 + 9 = 14, variance 7. NaN takes no part, and
+    equal rewards do count: they are all 1.5 above 2.5."""
+    rewards = doubles([1, NAN, 2, 6])
+    assert_close(advantages.running_advantages(rewards, 4.0), doubles([-3, 0, -2, 2]), **FLOAT64)
+    root = math.sqrt(7) + 0.5
+    scaled = advantages.running_advantages(rewards, 4.0, "batch", eps=0.5)
+    assert_close(scaled, doubles([-3 / root, 0, -2 / root, 2 / root]), **FLOAT64)
+    assert_close(advantages.running_advantages(doubles([4, 4]), 2.5), doubles([1.5, 1.5]), **FLOAT64)
+    assert_close(advantages.running_advantages(doubles([4]), 2.5, "batch", eps=0.5), doubles([3.0]), **FLOAT64)
+
+
+COMPONENTS = [[1.0, 2.0, 3.0, 10.0, 10.0, 16.0], [0.0, 1.0, 0.0, 5.0, NAN, 7.0]]
+"""The groups of `REWARDS`, and beside them (0, 1, 0) and (5, -, 7)."""
+
+
+def test_component_advantages(advantages: ModuleType) -> None:
+    """With eps .5, the first component is that of `test_group_scale`; the second has means 1/3 and 6, variances
+    (1/9 + 4/9 + 1/9) / 2 = 1/3 and 2. Weighted by 2 and 3 and summed, then mean 0 and std 1 (+ .5) over all six."""
+    first = np.array([-1 / 1.5, 0, 1 / 1.5, *(np.array([-2, -2, 4]) / (math.sqrt(12) + 0.5))])
+    third, two = math.sqrt(1 / 3) + 0.5, math.sqrt(2) + 0.5
+    second = np.array([-1 / 3 / third, 2 / 3 / third, -1 / 3 / third, -1 / two, 0, 1 / two])
+    total = 2 * first + 3 * second
+    expected = (total - total.mean()) / (total.std(ddof=1) + 0.5)
+    found = advantages.component_advantages(doubles(COMPONENTS), doubles([2, 3]), 3, eps=0.5)
+    assert_close(found, doubles(expected), **FLOAT64)
+
+
+def test_components_of_unlike_scales_count_alike(advantages: ModuleType) -> None:
+    """What GDPO is for: (0, 0, 1, 1) x 1000 beside (0, 1, 0, 1): summed first, the second is a thousandth of the first;
+    normalised first, both have centred values -+.5 and std 1 / sqrt 3, so the sums are -1, 0, 0, 1 times sqrt(3) / (1 +
+    eps sqrt 3), whose std is sqrt(2/3) of that: -sqrt(3/2), 0, 0, sqrt(3/2), but for eps."""
+    found = advantages.component_advantages(doubles([[0, 0, 1000, 1000], [0, 1, 0, 1]]), doubles([1, 1]), 4, eps=1e-14)
+    assert_close(found, doubles([-math.sqrt(1.5), 0, 0, math.sqrt(1.5)]), **FLOAT64)
+
+
+def test_completions_that_no_component_judged(advantages: ModuleType) -> None:
+    """They have advantage 0 and no part in the last normalisation: (0, 2) centred and scaled is (-1, 1) c, whose mean
+    is 0 and whose std is c sqrt 2, so -+1 / sqrt 2 but for eps. A component that says nothing about a group adds 0."""
+    components = doubles([[0, 2, NAN, NAN], [NAN, NAN, NAN, NAN]])
+    found = advantages.component_advantages(components, doubles([1, 5]), 2, eps=1e-14)
+    assert_close(found, doubles([-math.sqrt(0.5), math.sqrt(0.5), 0, 0]), **FLOAT64)
+
+
+def test_components_that_agree_everywhere_say_nothing(advantages: ModuleType) -> None:
+    """Six times .3 in float32 are not their own mean; a single completion with a reward has no siblings."""
+    same = torch.tensor([[0.3] * 6, [0.7] * 6])
+    assert_close(advantages.component_advantages(same, torch.ones(2), 6, eps=1e-9), torch.zeros(6), **EXACT)
+    alone = doubles([[1, NAN, NAN, NAN]])
+    assert_close(advantages.component_advantages(alone, doubles([1]), 2), doubles([0, 0, 0, 0]), **EXACT)
+
+
+def test_one_component_that_judges_all_is_the_group_advantage_normalised() -> None:
+    rewards = doubles(REWARDS)
+    single = module.group_advantages(rewards, 3)
+    expected = (single - single.mean()) / (single.std() + 1e-4)
+    assert_close(module.component_advantages(rewards[None], doubles([1]), 3), expected, **FLOAT64)
 
 
 def test_equal_rewards_give_exactly_nothing(advantages: ModuleType) -> None:
@@ -200,6 +274,36 @@ def test_gae_keeps_nan_out_of_the_gradient() -> None:
     assert_close(values.grad, torch.tensor([[0.0, -1.0, 0.0, 1.0]]), **FLOAT32)
 
 
+def test_potential_shaping(advantages: ModuleType) -> None:
+    """Phi = (2, 3, 7), gamma = .5: .5 * 3 - 2 = -.5;  .5 * 7 - 3 = .5;  .5 * 0 - 7 = -7. Holes hold NaN; and cut off
+    where Phi is 4, the last is .5 * 4 - 7 = -5."""
+    phi = doubles([[NAN, 2, NAN, 3, 7, NAN]] * 2)
+    mask = torch.tensor([[False, True, False, True, True, False]] * 2)
+    expected = doubles([[0, -0.5, 0, 0.5, -7, 0]] * 2)
+    assert_close(advantages.potential_shaping(phi, mask, 0.5), expected, **FLOAT64)
+    expected[1, 4] = -5
+    assert_close(advantages.potential_shaping(phi, mask, 0.5, doubles([0, 4])), expected, **FLOAT64)
+
+
+@pytest.mark.parametrize("gamma", [1.0, 0.9])
+def test_shaping_changes_every_return_by_what_no_action_can_change(advantages: ModuleType, gamma: float) -> None:
+    """The discounted sum from t on telescopes to -Phi of the state at t, whatever is done there and later. So the
+    advantage of lambda = 1 against V - Phi is what it was against V, and the optimum stays (Ng et al. 1999)."""
+    rewards, values, mask, end = random_rows()
+    phi = random_rows()[1].flip(0)
+    final = 3 * end
+    shaping = advantages.potential_shaping(phi, mask, gamma, final)
+    for row in range(len(rewards)):
+        places = mask[row].nonzero().flatten().tolist()
+        for i, t in enumerate(places):
+            later = sum(gamma**k * shaping[row, u] for k, u in enumerate(places[i:]))
+            assert_close(later, gamma ** (len(places) - i) * final[row] - phi[row, t], **FLOAT64)
+    settings_ = {"gamma": gamma, "gae_lambda": 1.0}
+    plain, _ = module.gae(rewards, values, mask, bootstrap_values=end, **settings_)
+    shaped, _ = module.gae(rewards + shaping, values - phi, mask, bootstrap_values=end - final, **settings_)
+    assert_close(shaped, plain, **FLOAT64)
+
+
 def test_an_empty_completion_axis() -> None:
     nothing = torch.zeros(2, 0)
     result, returns = module.gae(nothing, nothing, nothing.bool(), gamma=1.0, gae_lambda=1.0)
@@ -225,6 +329,17 @@ def test_other_errors() -> None:
     scale: Literal["group"] = "std"  # type: ignore[assignment]
     with pytest.raises(ValueError, match="unknown scale 'std'; choose group, batch or none"):
         module.group_advantages(doubles(REWARDS), 3, scale)
+    with pytest.raises(ValueError, match="unknown baseline 'mean'; choose group or leave_one_out"):
+        module.group_advantages(doubles(REWARDS), 3, baseline="mean")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="unknown scale 'group'; choose batch or none"):
+        module.running_advantages(doubles(REWARDS), 0.0, "group")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="running_advantages: a reward is infinite"):
+        module.running_advantages(doubles([1, math.inf]), 0.0)
+    for components, weights in ((REWARDS, [1]), ([REWARDS], [1, 2])):
+        with pytest.raises(ValueError, match=r"components must be \(C, N\) and weights \(C,\)"):
+            module.component_advantages(doubles(components), doubles(weights), 3)
+    with pytest.raises(ValueError, match="infinite"):
+        module.component_advantages(doubles([[1, math.inf]]), doubles([1]), 2)
     rewards, values, mask = three_tokens()
     with pytest.raises(ValueError, match=r"share one shape \(B, T\)"):
         module.gae(rewards, values[:, :2], mask, gamma=1.0, gae_lambda=1.0)
@@ -238,19 +353,38 @@ def test_other_errors() -> None:
         ("centred = groups - keep", "centred = groups + keep", test_no_scale),
         (".view(-1, group_size)", ".view(group_size, -1).T", test_no_scale),
         (
-            "(groups.present - 1).clamp(min=1)\n            return",
-            "groups.present\n            return",
+            "keepdim=True) / others\n            return",
+            "keepdim=True) / groups.present\n            return",
             test_group_scale,
         ),
         ("(variance.sqrt() + eps)", "variance.sqrt()", test_group_scale),
         ("(variance.sqrt() + eps)", "(variance + eps)", test_group_scale),
-        ("given.std()", "groups.centred.std()", test_batch_scale),
+        ("_spread(rewards.to(above.dtype))", "above.std()", test_batch_scale),
         ("given.std()", "given.std(correction=0)", test_batch_scale),
         ("rewards[~rewards.isnan()]", "rewards.nan_to_num(0)", test_missing_rewards),
         ("valid & ~alike", "valid", test_equal_rewards_give_exactly_nothing),
         ("valid & ~alike", "valid | ~alike", test_missing_rewards),
         ("present = valid.sum(1, keepdim=True)", "present = valid.sum(1, keepdim=True) * 0 + 3", test_missing_rewards),
         ("groups.centred * groups.present / ", "groups.centred / ", test_leave_one_out),
+        ("groups.centred.square().sum(1", "above.square().sum(1", test_leave_one_out_under_every_scale),
+        ("rewards - running_mean", "rewards + running_mean", test_running_advantages),
+        ("above / (_spread(rewards) + eps)", "above / (_spread(above) + eps)", test_running_advantages),
+        ("(nan=0.0)", "(nan=1.0)", test_running_advantages),
+        ("len(given) > 1", "True", test_running_advantages),
+        ("weights[:, None] * each", "each", test_component_advantages),
+        ("component, group_size, eps=eps", "component, group_size, scale='none'", test_component_advantages),
+        ("spread = _spread(total[judged])", "spread = _spread(total)", test_completions_that_no_component_judged),
+        ("components.isnan().all(0)", "components.isnan().any(0)", test_component_advantages),
+        ("keep(centred, valid & ~alike)", "keep(centred, valid)", test_components_that_agree_everywhere_say_nothing),
+        (
+            "(weights[:, None] * each).sum(0)",
+            "group_advantages((weights[:, None] * components.nan_to_num(0)).sum(0), group_size)",
+            test_components_of_unlike_scales_count_alike,
+        ),
+        ("bootstrap_values=final_potentials", "bootstrap_values=None", test_potential_shaping),
+        ("gamma=gamma, gae_lambda=0.0", "gamma=1.0, gae_lambda=0.0", test_potential_shaping),
+        ("gamma=gamma, gae_lambda=0.0", "gamma=gamma, gae_lambda=1.0", test_potential_shaping),
+        ("gae(nothing, potentials,", "gae(nothing, -potentials,", test_potential_shaping),
         ("+ gamma * next_value", "+ next_value", test_gae),
         ("next_value - value", "next_value + value", test_gae),
         ("gamma * gae_lambda * next_advantage", "gae_lambda * next_advantage", test_gae),

@@ -15,11 +15,17 @@ from typing import Any
 
 import torch
 
+from alignlab.algorithms.distill import Distill
 from alignlab.algorithms.dpo import DPO
 from alignlab.algorithms.grpo import GRPO
+from alignlab.algorithms.kto import KTO
+from alignlab.algorithms.online_dpo import OnlineDPO
+from alignlab.algorithms.orpo import ORPO
 from alignlab.algorithms.ppo import PPO
+from alignlab.algorithms.rejection import Rejection
 from alignlab.algorithms.reward_model import RewardModel
 from alignlab.algorithms.sft import SFT
+from alignlab.algorithms.simpo import SimPO
 from alignlab.optim import Schedule
 from alignlab.train import trained_modules
 from tests.algorithms.world import Run, start_run
@@ -32,9 +38,16 @@ METHODS: dict[str, Any] = {
     "sft": SFT(examples_per_step=6, learning_rate=5e-3),
     "reward_model": RewardModel(pairs_per_step=6, learning_rate=2e-3, use_margin=True),
     "dpo": DPO(pairs_per_step=6, learning_rate=2e-3),
+    "simpo": SimPO(pairs_per_step=6, learning_rate=2e-3),
+    "orpo": ORPO(pairs_per_step=6, learning_rate=2e-3, odds_ratio_coef=0.5),
+    "kto": KTO(examples_per_step=6, learning_rate=2e-3, beta=0.3, desirable_weight=1.2),
+    "online_dpo": OnlineDPO(**ONLINE, beta=0.3, rpo_alpha=0.2),
     "ppo": PPO(**ONLINE, **CRITIC, value_warmup_steps=4),
     "ppo_shared": PPO(**ONLINE, **CRITIC, critic="shared", reward_placement="dense", entropy_coef=0.01),
     "grpo": GRPO(**ONLINE, kl_coef=0.04),
+    "rejection": Rejection(**ONLINE),
+    "distill": Distill(**ONLINE, gamma=0.9),
+    "distill_full": Distill(**ONLINE, objective="full"),
 }
 
 

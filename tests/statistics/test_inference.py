@@ -279,6 +279,12 @@ def test_wilson_ends_are_exact_and_mirrored(trials: int) -> None:
     assert none[1] > 0.0
 
 
+def test_wilson_counts_a_tie_one_half() -> None:
+    """60 wins and 10 ties of 100 are 65: z = 1.96, centre (.65 + .01921) / 1.03842, half width .09198 (by hand)."""
+    assert wilson_interval(65.0, 100) == pytest.approx((0.6445 - 0.0920, 0.6445 + 0.0920), abs=WILSON_ROUNDING)
+    assert wilson_interval(0.5, 1) == pytest.approx((0.0546, 0.9454), abs=WILSON_ROUNDING)
+
+
 @pytest.mark.parametrize(("successes", "trials"), [(0, 0), (-1, 5), (6, 5)])
 def test_wilson_refuses_impossible_counts(successes: int, trials: int) -> None:
     with pytest.raises(ValueError, match="no proportion"):

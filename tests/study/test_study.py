@@ -23,8 +23,10 @@ from alignlab.errors import UserError
 from alignlab.recipe import load_recipe
 from alignlab.statistics.inference import EQUIVALENCE_CONFIDENCE, crossed_interval, prompt_interval, verdict
 from alignlab.study import execute
-from alignlab.study.plan import Node, Study, load_study, nodes, plan_hash
-from alignlab.study.results import collect_results, compare, trained_on
+from alignlab.study.cell import run_node
+from alignlab.study.plan import Node, Study, load_study, nodes, plan_hash, teachers
+from alignlab.study.report import headline, render_report, terminal_table, verdict_lines
+from alignlab.study.results import collect_results, compare, graded_choice, trained_on
 from tests.runs import (
     RECIPES,
     Finished,
@@ -44,6 +46,7 @@ TASKS = ("reasoning", "safety", "clinical", "code")
 CELLS = [f"{arm}-{seed}" for seed in SEEDS for arm in ARMS]
 LEDGER = {"prompts", "completions", "generated_tokens", "trained_rows", "trained_tokens", "optimizer_steps", "phases",
           "seconds", "peak_memory_bytes"}  # fmt: skip
+EVALUATED = {"evaluation_completions", "evaluation_generated_tokens"}
 
 
 # ---- the demo --------------------------------------------------------------------------------------------------------
@@ -117,7 +120,11 @@ def test_the_results_are_complete(results: dict[str, Any]) -> None:
             assert sorted(run["tasks"].values()) == sorted(TASKS * 2) and run["tasks"].keys() == scores.keys()
             assert run["metrics"]["score"] == pytest.approx(np.mean(list(scores.values())))
             assert {f"{task}/score" for task in TASKS} <= run["metrics"].keys()
-            assert run["ledger"].keys() == (set() if arm["name"] == "start" else LEDGER)
+            assert run["ledger"].keys() == (EVALUATED if arm["name"] == "start" else LEDGER | EVALUATED)
+            assert run["ledger"]["evaluation_completions"] == 8
+            assert run["ledger"]["evaluation_generated_tokens"] == pytest.approx(
+                8 * run["metrics"]["completion/length"]
+            )
         if arm["kind"] == "arm":
             assert all("policy/kl_per_sequence" in run["metrics"] for run in arm["runs"])
     assert len(prompts) == 1  # all arms and seeds answered the same held-out prompts
@@ -130,7 +137,8 @@ def test_the_results_are_complete(results: dict[str, Any]) -> None:
     assert plan["num_parameters"] > 10**6 and plan["max_completion_tokens"] == limit
     assert "--debug" in results["notes"][0] and results["environment"]["wall_seconds"] > 0
     shared = results["shared"]
-    assert shared["reward_model"]["metrics"]["preference/accuracy"] >= 0 and shared["sft"]["ledger"].keys() == LEDGER
+    assert shared["reward_model"]["metrics"]["preference/accuracy"] >= 0
+    assert shared["sft"]["ledger"].keys() == LEDGER | EVALUATED and shared["reward_model"]["ledger"].keys() == LEDGER
 
 
 def test_learning_curves_come_from_the_logs_and_reach_the_end(
@@ -321,6 +329,120 @@ def test_a_study_that_is_ended_ends_its_jobs_and_goes_on(small: Path) -> None:
     assert again.code == 1 and arm_of(strict_json((output / "results.json").read_text("utf-8")), "good")
 
 
+RIVALS = """
+seeds: [1, 2]
+start: sft.yaml
+tasks: [reasoning]
+evaluation: {split: validation, prompts_per_task: 3, samples: 2}
+arms:
+  best: {recipe: rejection.yaml, best_of: 3, train: false, label: best of 3}
+  rejection: {recipe: rejection.yaml}
+  distill: {recipe: distill.yaml}
+  both: {recipe: rejection.yaml, best_of: 2}
+"""
+
+
+@pytest.fixture(scope="module")
+def rivals(small: Path) -> tuple[Study, Path, dict[str, Any]]:
+    """A study with a teacher and an untrained arm, its jobs run one after the other in this process."""
+    for name, rest in {
+        "rejection": "reward: {repetition: 1.0}\n"
+        "algorithm: {name: rejection, prompts_per_phase: 4, group_size: 4, learning_rate: 1e-3}\n",
+        "distill": "teacher: dpo.yaml\nalgorithm: {name: distill, prompts_per_phase: 4, learning_rate: 1e-3}\n",
+    }.items():
+        (small / f"{name}.yaml").write_text(f"extends: base.yaml\nstart: sft.yaml\n{rest}", "utf-8")
+    (small / "rivals.yaml").write_text(RIVALS, "utf-8")
+    study, folder = load_study(small / "rivals.yaml"), small / "rivals"
+    for node in nodes(study):
+        run_node(study, node, folder)
+    return study, folder, collect_results(study, folder, {}, 1.0)
+
+
+def test_an_untrained_arm_is_the_shared_policy_sampled_more_often(
+    rivals: tuple[Study, Path, dict[str, Any]],
+) -> None:
+    """Nothing is trained or counted as training; every answer costs three completions, and the choice is by reward."""
+    _, folder, found = rivals
+    (run,) = arm_of(found, "best")["runs"]
+    (sft,) = arm_of(found, "sft")["runs"]
+    assert run["seed"] is None and run["hashes"]["key"] == run["hashes"]["start"] == sft["hashes"]["key"]
+    training = {k: v for k, v in run["ledger"].items() if k not in EVALUATED | {"peak_memory_bytes"}}
+    assert training.keys() == LEDGER - {"peak_memory_bytes"} and not any(training.values())
+    assert run["ledger"]["evaluation_completions"] == 3 * sft["ledger"]["evaluation_completions"]
+    assert run["ledger"]["evaluation_generated_tokens"] > 2 * sft["ledger"]["evaluation_generated_tokens"]
+    assert run["metrics"]["inference/candidates"] == 3 and run["metrics"]["inference/reward_gain"] >= 0
+    assert run["curves"] == {} and "policy/kl_per_sequence" not in run["metrics"]
+    assert not (folder / "cells" / "best").exists() and run["parameters"] == sft["parameters"]
+    assert (
+        run["metrics"]["inference/reward"]
+        >= run["metrics"]["inference/reward"] - run["metrics"]["inference/reward_gain"]
+    )
+
+
+def test_a_trained_arm_may_choose_as_well(rivals: tuple[Study, Path, dict[str, Any]]) -> None:
+    """The same weights as without: only the answers of the evaluation are others, and cost more."""
+    _, folder, found = rivals
+    for plain, chosen in zip(arm_of(found, "rejection")["runs"], arm_of(found, "both")["runs"], strict=True):
+        policies = [(folder / run["folder"] / "policy" / "model.safetensors").read_bytes() for run in (plain, chosen)]
+        assert policies[0] == policies[1]
+        assert plain["ledger"]["completions"] == chosen["ledger"]["completions"] > 0
+        assert chosen["ledger"]["evaluation_completions"] == 2 * plain["ledger"]["evaluation_completions"]
+        assert chosen["metrics"]["policy/kl_per_sequence"] == plain["metrics"]["policy/kl_per_sequence"]
+
+
+def test_a_teacher_is_trained_once_and_stands_with_what_is_shared(
+    rivals: tuple[Study, Path, dict[str, Any]],
+) -> None:
+    study, folder, found = rivals
+    assert teachers(study) == {"teacher": str(Path(study.start).with_name("dpo.yaml"))}
+    teacher = found["shared"]["teacher"]
+    assert teacher["ledger"].keys() == LEDGER and teacher["ledger"]["optimizer_steps"] == 2
+    runs = arm_of(found, "distill")["runs"]
+    assert [run["hashes"]["teacher"] for run in runs] == [teacher["hash"]] * 2
+    assert len(list((folder / "shared").glob("dpo-*/stage.json"))) == 1
+    cell = folder / "cells" / "distill-1.json"
+    before = cell.read_text("utf-8")
+    cell.write_text(json.dumps({**strict_json(before), "teacher": "0" * 64}), "utf-8")
+    other = arm_of(collect_results(study, folder, {}, 1.0), "distill")["runs"][0]
+    cell.write_text(before, "utf-8")
+    assert other["status"] == "failed" and "its teacher is not the one the study shares" in other["error"]
+
+
+def test_the_report_says_what_choosing_costs(rivals: tuple[Study, Path, dict[str, Any]]) -> None:
+    _, _, found = rivals
+    (note,) = [note for note in found["notes"] if note.startswith("best of 3")]
+    assert "3 times the tokens" in note and "pass@" not in note
+    assert found["plan"]["trained_on"] == {}
+    page = render_report(found)
+    assert "sampled)" in page and "An answer costs 3 times the tokens" in page and "of 2 runs" not in page
+    assert "One seed only" not in headline(found)
+    lines = [str(line) for line in verdict_lines(found)]
+    assert any("best of 3" in line and "no training seed varies" in line for line in lines)
+    assert all(len(line) <= 80 for line in _table(found).splitlines())
+
+
+def _table(found: dict[str, Any]) -> str:
+    stream = io.StringIO()
+    Console(file=stream, width=80).print(terminal_table(found))
+    return stream.getvalue()
+
+
+@pytest.mark.slow
+def test_the_study_of_rivals_runs(tmp_path: Path) -> None:
+    done = run_alignlab("study", RECIPES / "studies" / "rivals.yaml", "--debug", "--output", tmp_path / "out")
+    assert done.code == 0, done.out + done.err
+    assert "5 methods, 3 seeds of each that is trained: 11 runs, 15 jobs" in done.out
+    found = strict_json((tmp_path / "out" / "results.json").read_text("utf-8"))
+    for name in ("best_of_8", "best_of_8_learned"):
+        (run,) = arm_of(found, name)["runs"]
+        assert run["status"] == "finished" and run["hashes"]["reward_model"] == found["shared"]["reward_model"]["hash"]
+        assert run["metrics"]["inference/candidates"] == 8
+    notes = {note.split(":")[0]: note for note in found["notes"]}
+    assert "pass@8" in notes["best of 8"] and "pass@8" not in notes["best of 8 (reward model)"]
+    compared = {(c["arm"], c["against"]) for c in found["comparisons"]}
+    assert {("best_of_8", "sft"), ("best_of_8", "grpo"), ("rejection", "distill"), ("distill", "grpo")} <= compared
+
+
 # ---- the plan --------------------------------------------------------------------------------------------------------
 
 
@@ -347,6 +469,14 @@ def plan_error(small: Path, *overrides: str) -> str:
         (("tasks=[resoning]",), ("'resoning'", "did you mean 'reasoning'?")),
         (("evaluation.prompts_per_task=1",), ("evaluation.prompts_per_task", "2")),
         (("equivalence_margin=0",), ("equivalence_margin",)),
+        (("arms={teacher: dpo.yaml}",), ("teacher", "name of a shared stage")),
+        (("arms.good.train=false",), ("arms.good", "train: false without best_of is the shared policy itself")),
+        (("arms.good.best_of=0",), ("arms.good.best_of",)),
+        (("arms.good.best_of=2", "arms.good.set=[data.task=safety]"), ("`learned` needs `reward_model",)),
+        (
+            ("arms={own: {recipe: own.yaml, train: false, best_of: 2}}",),
+            ("arm own is not trained", "no judge of its own"),
+        ),
     ],
 )
 def test_a_bad_plan_is_refused_before_anything_runs(
@@ -355,6 +485,11 @@ def test_a_bad_plan_is_refused_before_anything_runs(
     (small / "judge.yaml").write_text("extends: base.yaml\nstart: sft.yaml\nalgorithm: reward_model\n", "utf-8")
     (small / "rl.yaml").write_text(
         "extends: base.yaml\nstart: sft.yaml\nreward_model: judge.yaml\nreward: {learned: 1}\nalgorithm: grpo\n",
+        "utf-8",
+    )
+    (small / "own.yaml").write_text(
+        "extends: base.yaml\nstages:\n- {name: judge, start: sft.yaml, algorithm: reward_model}\n"
+        "- {name: rl, start: sft.yaml, reward_model: judge, reward: {learned: 1}, algorithm: grpo}\n",
         "utf-8",
     )
     message = plan_error(small, *overrides)
@@ -370,6 +505,19 @@ def test_nodes_wait_for_what_they_need() -> None:
     assert needs["dpo-42"] == ("sft",) and needs["ppo-42"] == needs["grpo-777"] == ("sft", "reward_model")
     place = {node.name: i for i, node in enumerate(found)}
     assert all(place[needed] < place[node.name] for node in found for needed in node.needs)
+
+
+def test_an_untrained_arm_has_one_node_and_a_teacher_one_for_all() -> None:
+    study = load_study(RECIPES / "studies" / "rivals.yaml")
+    found = {node.name: node for node in nodes(study)}
+    assert found["teacher"].kind == "teacher" and found["teacher"].needs == ("sft", "reward_model")
+    for name in ("best_of_8", "best_of_8_learned"):
+        assert found[name].seed is None and found[name].needs == ("sft", "reward_model")
+    assert found["distill-123"].needs == ("sft", "reward_model", "teacher") and found["rejection-42"].seed == 42
+    assert len(found) == len(nodes(study)) == 4 + 2 + 3 * 3
+    order = list(found)
+    assert all(order.index(needed) < order.index(node.name) for node in found.values() for needed in node.needs)
+    assert teachers(study) == {"teacher": str(RECIPES / "starter" / "grpo.yaml")}
 
 
 def test_a_plan_is_known_by_everything_but_its_workers(small: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -409,13 +557,25 @@ def test_what_an_arm_was_trained_on_is_found_in_its_reward(tmp_path: Path) -> No
         "weightless": f"{data}algorithm: grpo\nreward: {{exact: 0.0, code: {{weight: 1, tasks: code}}}}\n",
         "elsewhere": f"{data}algorithm: grpo\nreward: {{exact: {{weight: 1.0, tasks: gsm8k}}, format: 1}}\n",
         "pairs": f"{data}algorithm: dpo\nreward: {{exact: 1.0}}\n",
+        "pupil": f"{data}algorithm: distill\nteacher: weightless.yaml\nreward: {{exact: 1.0}}\n",
+        "grandpupil": f"{data}algorithm: distill\nteacher: pupil.yaml\n",
+        "of_pairs": f"{data}algorithm: distill\nteacher: pairs.yaml\n",
     }
     for name, text in recipes.items():
         (tmp_path / f"{name}.yaml").write_text(text, "utf-8")
     arms = "".join(f"  {name}: {name}.yaml\n" for name in recipes if name not in ("sft", "judge"))
     path = tmp_path / "study.yaml"
+    arms += "  chosen: {recipe: named.yaml, best_of: 3, train: false}\n"
+    arms += "  chosen_learned: {recipe: default.yaml, best_of: 3, train: false, set: ['reward={learned: 1}']}\n"
+    arms += "  chosen_pairs: {recipe: pairs.yaml, best_of: 3}\n"
     path.write_text(f"start: sft.yaml\nreward_model: judge.yaml\narms:\n{arms}", "utf-8")
-    assert trained_on(load_study(path)) == {"reasoning": ["named", "default"], "code": ["default", "weightless"]}
+    study = load_study(path)
+    assert trained_on(study) == {
+        "reasoning": ["named", "default", "chosen", "chosen_pairs"],
+        "code": ["default", "weightless", "pupil", "grandpupil"],
+    }
+    assert graded_choice(study, "chosen") == ["reasoning"] and graded_choice(study, "chosen_learned") == []
+    assert graded_choice(study, "named") == []
 
 
 # ---- comparisons and words -------------------------------------------------------------------------------------------
@@ -454,6 +614,36 @@ def test_one_run_stands_against_every_seed(small: Path) -> None:
     narrow = crossed_interval([[0.5, 0, 0.5, 0], [0, 0, 0, 0]], EQUIVALENCE_CONFIDENCE)
     wide = crossed_interval([[0.5, 0, 0.5, 0], [0, 0, 0, 0]])
     assert found["verdict"] == verdict(wide, 0.9, narrow)
+
+
+def test_an_untrained_arm_varies_with_no_seed(small: Path) -> None:
+    """One run against three seeds of the other, in both directions; against the shared policy, over prompts, with words
+    that promise nothing about seeds; no effect size anywhere."""
+    study = load_study(small / "study.yaml", ("equivalence_margin=0.9",))
+    best = {**hand_made("best", "arm", {None: [1.0, 0.5, 1.0, 0.0]}), "trained": False}
+    sft = hand_made("sft", "baseline", {None: [0.5, 0.5, 0.0, 0.0]})
+    arm = hand_made("f", "arm", {1: [1.0, 0.5, 0.5, 0.0], 2: [0.5, 0.5, 0.0, 0.0], 3: [0.0, 0.5, 0.0, 0.0]})
+    forth, back = compare(study, arm, best, None), compare(study, best, arm, None)
+    assert forth is not None and back is not None
+    assert forth["per_seed"] == {"1": -0.125, "2": -0.375, "3": -0.5}
+    assert back["per_seed"] == {"1": 0.125, "2": 0.375, "3": 0.5} and back["every_seed_above"]
+    rows = [[0, 0, -0.5, 0], [-0.5, 0, -1, 0], [-1, 0, -1, 0]]
+    interval = crossed_interval(rows)
+    assert (forth["low"], forth["high"], forth["df"]) == (interval.low, interval.high, interval.df)
+    assert (back["low"], back["high"]) == pytest.approx((-interval.high, -interval.low))
+    assert forth["note"] == back["note"] == interval.note
+    shared = compare(study, best, sft, None)
+    assert shared is not None and list(shared["per_seed"].values()) == [0.375]
+    over_prompts = prompt_interval([0.5, 0, 1.0, 0])
+    assert (shared["low"], shared["high"]) == (over_prompts.low, over_prompts.high)
+    assert shared["note"].startswith("not trained: no training seed varies") and "another seed" not in shared["note"]
+    both = compare(study, best, {**best, "name": "other"}, None)
+    assert both is not None and both["mean"] == 0 and both["note"].startswith("not trained")
+    one_seed = compare(study, hand_made("f", "arm", {1: [1.0, 0.5, 0.5, 0.0]}), best, None)
+    assert one_seed is not None and "another seed" in one_seed["note"]
+    baseline = compare(study, sft, hand_made("start", "baseline", {None: [0.0] * 4}), None)
+    assert baseline is not None and "another seed" in baseline["note"]
+    assert not any("effect" in found for found in (forth, back, shared, both, one_seed, baseline))
 
 
 def test_an_error_with_brackets_is_told_as_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -20,7 +20,7 @@ from alignlab.rollout import Source
 from alignlab.types import Batch, Directive, LoopState, LossOutput, Phase, Role
 
 Models = Mapping[str, Any]
-"""Role -> its model: `policy`, `reference`, `reward_model`, `value_model`."""
+"""Role -> its model: `policy`, `reference`, `reward_model`, `value_model`, `teacher`."""
 
 
 class Hyperparameters(BaseModel):
@@ -36,6 +36,10 @@ class Hyperparameters(BaseModel):
     """Named combinations of the method's choices, by the name their paper gave them."""
     PRESETS: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
     """The defaults of other libraries (`trl`, `verl`, `openrlhf`) and of the paper."""
+    DEPARTURES: ClassVar[tuple[str, ...]] = ()
+    """Where the method is not its paper's, or another library's, in a way that no field says; a sentence each."""
+    needs_reward: ClassVar[bool] = True
+    """Of a method that samples: whether it learns from a reward; else `reward` is only logged, where it is given."""
 
     variant: str | None = None
     """A named combination of the choices below."""
@@ -52,7 +56,7 @@ class Hyperparameters(BaseModel):
             name = given.get(key)
             if name is None:
                 continue
-            if name not in table:
+            if not isinstance(name, str) or name not in table:
                 known = f"there are: {', '.join(table)}" if table else "this method has none"
                 raise ValueError("; ".join(filter(None, (f"no {key} {name!r}", did_you_mean(str(name), table), known))))
             below |= table[name]
@@ -90,8 +94,9 @@ class Algorithm(Protocol):
 
         Python's syntax, evaluated by the tests with NumPy and compared with the executed loss. Per-token inputs are
         (B, T): `logprobs`, `old_logprobs`, `reference_logprobs`, `entropy`, `advantages`, `values`, `old_values`,
-        `returns`, `mask` (0 or 1); per row (B,): `tokens` (of the row), `margin`, `labels`, `reference_point`; of the
-        whole step: `rows`, `pairs`, `completion_tokens`, `max_completion_tokens`, `kl_coef` where a controller moves
+        `returns`, `mask` and `prompt_mask` (0 or 1; the prompt's without the first token, which nothing predicts); per
+        row (B,): `tokens` (of the row), `margin`, `labels`, `reference_point`; of the whole step: `rows`, `pairs`,
+        `completion_tokens`, `prompt_tokens`, `max_completion_tokens`, `kl_coef` where a controller moves
         it. Pairs come as `chosen`, `rejected`, `reference_chosen`, `reference_rejected` (B,), each summed over its
         tokens, and `chosen_tokens`, `rejected_tokens`. Functions: abs, exp, log, log1mexp, clip, maximum, minimum,
         where, sum, row_mean (over a row's completion tokens, (B, 1)), sigmoid, log_sigmoid, sqrt, stop_gradient.

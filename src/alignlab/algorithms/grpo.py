@@ -35,20 +35,36 @@ class GRPO(ScoreShaping, KLControl):
     data_kind: ClassVar[str] = "prompts"
 
     VARIANTS: ClassVar[Mapping[str, Mapping[str, Any]]] = {
-        "dr_grpo": {"scale": "none", "aggregation": "constant"},
-        "dapo": {"clip_high": 0.28, "aggregation": "token", "max_redraws": 4, "mask_truncated": True},
-        "gspo": {"surrogate": "sequence", "clip_low": 3e-4, "clip_high": 4e-4},
-        "cispo": {"surrogate": "cispo", "clip_high": 4.0, "aggregation": "token"},
+        "dr_grpo": {"scale": "none", "aggregation": "constant", "kl_coef": 0.0},
+        "dapo": {"clip_low": 0.2, "clip_high": 0.28, "aggregation": "token", "max_redraws": 10, "mask_truncated": True,
+                 "kl_coef": 0.0},
+        "gspo": {"surrogate": "sequence", "clip_low": 3e-4, "clip_high": 4e-4, "aggregation": "sequence"},
+        "cispo": {"surrogate": "cispo", "clip_high": 4.0, "dual_clip": None, "aggregation": "token", "kl_coef": 0.0},
         "rloo": {"baseline": "leave_one_out", "scale": "none", "kl_placement": "reward", "kl_estimator": "k1",
                  "kl_coef": 0.05, "aggregation": "constant"},
     }  # fmt: skip
     PRESETS: ClassVar[Mapping[str, Mapping[str, Any]]] = {
         "paper": {"learning_rate": 1e-6, "group_size": 64, "kl_coef": 0.04, "max_grad_norm": 1.0},
         "trl": {"learning_rate": 1e-6, "group_size": 8, "aggregation": "token"},
-        "verl": {"learning_rate": 1e-6, "group_size": 8, "aggregation": "token", "kl_coef": 0.001, "dual_clip": 3.0},
-        "openrlhf": {"learning_rate": 1e-6, "group_size": 8, "kl_coef": 0.01, "kl_estimator": "k3",
-                     "score_clip": 10.0, "aggregation": "token"},
+        "verl": {"learning_rate": 1e-6, "aggregation": "token", "kl_coef": 0.001, "dual_clip": 3.0},
+        "openrlhf": {"learning_rate": 1e-6, "kl_coef": 0.01, "kl_estimator": "k3", "score_clip": 10.0,
+                     "aggregation": "token"},
     }  # fmt: skip
+    """arXiv:2402.03300, 4.2; trl's GRPOConfig; verl and OpenRLHF with their settings and the k3 in the loss that their
+    pages ask for in GRPO (both sample one completion a prompt by default, which has no group)."""
+    DEPARTURES: ClassVar[tuple[str, ...]] = (
+        "Every aggregation is normalised over the whole optimiser step; trl's `bnpo` is by the microbatch.",
+        "A completion that mask_truncated leaves out is in no denominator; in trl's sequence and constant "
+        "aggregation it still counts as a row.",
+        "A step uses all completions of its phase; peers split a phase into minibatches, which are off policy from the "
+        "second on. Here only epochs > 1 is, and clips do nothing before.",
+        "Groups of equal rewards are told by comparison and have advantage 0 exactly, whatever eps and rounding.",
+        "eps is 1e-4, as in trl; 1e-6 in verl, 1e-9 in OpenRLHF.",
+        "k3 in the loss is not multiplied by the ratio to the sampling policy, as in the paper; trl 1.16 does so "
+        "(use_bias_correction_kl).",
+        "RLOO clips token ratios, trl's the ratio of the whole completion; with one epoch neither ever clips.",
+        "DAPO's soft overlong penalty depends on the limit, so overlong_buffer is not part of the variant.",
+    )
 
     name: Literal["grpo"] = "grpo"
     learning_rate: float = Field(1e-6, gt=0)
@@ -92,8 +108,8 @@ class GRPO(ScoreShaping, KLControl):
     """Mean over rows of token means (the paper), over all tokens of the step (DAPO), or the sum over rows times the
     completion limit (Dr. GRPO)."""
     max_redraws: int = Field(0, ge=0)
-    """Rounds in which groups that all earned the same are replaced by groups of other prompts (DAPO's dynamic
-    sampling); what is still constant then stays, and teaches nothing."""
+    """Rounds in which groups that all earned the same are replaced by groups drawn anew, from the prompts in another
+    order (DAPO's dynamic sampling, 10 batches there); what is still constant then stays."""
     mask_truncated: bool = False
     """Leave completions that were cut off out of loss and denominator; they still count in their group's baseline."""
 
@@ -105,6 +121,10 @@ class GRPO(ScoreShaping, KLControl):
             raise ValueError("normalise_components is a group mean and std for each component: drop baseline and scale")
         if self.normalise_components and self.score_normaliser != "none":
             raise ValueError("normalise_components and score_normaliser are two ways to normalise; choose one")
+        if self.normalise_components and (self.reward_scale != 1 or self.score_clip is not None):
+            raise ValueError("normalise_components leaves nothing to reward_scale and score_clip: drop them")
+        if self.dual_clip is not None and self.surrogate == "cispo":
+            raise ValueError("surrogate cispo bounds every ratio by 1 + clip_high already: drop dual_clip")
         if self.dual_clip is not None and self.dual_clip <= 1 + self.clip_high:
             raise ValueError(f"dual_clip must be above 1 + clip_high = {1 + self.clip_high:g}")
         return self
@@ -170,6 +190,7 @@ class GRPO(ScoreShaping, KLControl):
             components, weights = component_tensor(groups, source.rewards, like)
             costs = penalty + self.penalties(groups, like, limit)
             if costs.any():  # what is not a reward function's is one more component
+                costs = costs.masked_fill(components.isnan().all(0), torch.nan)  # nothing is known of them
                 components, weights = torch.cat([components, -costs[None]]), torch.cat([weights, weights.new_ones(1)])
             return component_advantages(components, weights, self.group_size), state
         earlier = state

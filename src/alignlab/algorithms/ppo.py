@@ -12,7 +12,7 @@ The sign makes actions with positive advantage likelier. The critic reads the st
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, ClassVar, Literal
 
@@ -22,7 +22,8 @@ from torch import Tensor
 
 from alignlab.algorithms import Models, completion_tokens, gap, masked_sum, numbers_dtype
 from alignlab.algorithms._online import KLControl, ScoreShaping, swept, with_reference
-from alignlab.forward import final_values, prefix_rewards, score_and_values, values
+from alignlab.errors import UserError
+from alignlab.forward import final_values, prefix_rewards, rewards, score_and_values, values
 from alignlab.functional.advantages import gae, potential_shaping
 from alignlab.functional.masked import aggregate, masked_whiten
 from alignlab.functional.surrogate import clipped, clipped_surrogate, clipped_value_loss
@@ -38,15 +39,29 @@ class PPO(ScoreShaping, KLControl):
     data_kind: ClassVar[str] = "prompts"
 
     PRESETS: ClassVar[Mapping[str, Mapping[str, Any]]] = {
-        "paper": {"learning_rate": 3e-4, "value_learning_rate": 3e-4, "epochs": 10, "minibatches": 32,
-                  "value_clip": None, "value_coef": 1.0, "gamma": 0.99, "kl_placement": "none", "entropy_coef": 0.01},
+        "paper": {"learning_rate": 3e-6, "value_learning_rate": 3e-6, "kl_coef": 0.05, "value_coef": 0.1, "epochs": 4,
+                  "temperature": 0.7},
         "trl": {"learning_rate": 3e-6, "value_learning_rate": 3e-6, "kl_coef": 0.05, "value_coef": 0.1, "epochs": 4,
                 "temperature": 0.7},
-        "verl": {"learning_rate": 1e-6, "value_learning_rate": 1e-5, "value_clip": 0.5, "value_coef": 0.5,
-                 "gae_lambda": 1.0, "epochs": 1, "kl_coef": 0.001, "dual_clip": 3.0},
-        "openrlhf": {"learning_rate": 1e-6, "value_learning_rate": 9e-6, "value_clip": 0.5, "value_coef": 0.5,
-                     "gae_lambda": 1.0, "epochs": 1, "kl_coef": 0.01, "score_clip": 10.0},
+        "verl": {"learning_rate": 1e-6, "value_learning_rate": 1e-5, "value_clip": 0.5, "value_coef": 1.0,
+                 "gae_lambda": 1.0, "epochs": 1, "minibatches": 4, "kl_coef": 0.001, "kl_placement": "none",
+                 "dual_clip": 3.0},
+        "openrlhf": {"learning_rate": 1e-6, "value_learning_rate": 9e-6, "value_clip": 0.5, "value_coef": 1.0,
+                     "gae_lambda": 1.0, "epochs": 1, "minibatches": 8, "kl_coef": 0.01, "score_clip": 10.0},
     }  # fmt: skip
+    """PPO for language models in arXiv:2403.17031 (1707.06347 has simulated robots); trl's experimental PPOTrainer, in
+    1.10, gone in 1.16, by the same author; verl's ppo_trainer.yaml; OpenRLHF's train_ppo_ray."""
+    DEPARTURES: ClassVar[tuple[str, ...]] = (
+        "The score stands on the last action, the stop token, as in OpenRLHF; trl puts it one token later where there "
+        "is room, on padding.",
+        "Old logprobs are those recorded while sampling, by the same code; peers compute them anew with the trainer.",
+        "Advantages are whitened over the whole phase, before it is split into minibatches; the variance has n - 1, as "
+        "in trl and verl, not n, as in OpenRLHF.",
+        "The critic's head starts at 0 and its trunk is the policy's or the reward model's; arXiv:2403.17031 and "
+        "OpenRLHF start it from the whole reward model, head included.",
+        "A missing stop token costs missing_stop_penalty, as in trl; arXiv:2403.17031 sets such a score to -1.",
+        "verl switches its KL off unless told otherwise, and so does the preset; kl_placement reward brings it back.",
+    )
 
     name: Literal["ppo"] = "ppo"
     learning_rate: float = Field(3e-6, gt=0)
@@ -111,6 +126,8 @@ class PPO(ScoreShaping, KLControl):
             raise ValueError(f"dual_clip must be above 1 + clip_high = {1 + self.clip_high:g}")
         if (self.reward_placement, self.dense_reward, self.score_normaliser) == ("dense", "given", "ema"):
             raise ValueError("score_normaliser ema moves scores away from what their tokens sum to; leave it out")
+        if self.reward_placement == "sparse" and self.dense_reward != "share":
+            raise ValueError(f"dense_reward {self.dense_reward} does nothing while reward_placement is sparse")
         return self
 
     @property
@@ -143,25 +160,23 @@ class PPO(ScoreShaping, KLControl):
             found, state = self.measured(batch, state)
             metrics |= found
         old_values = swept(source, batch, like, lambda b: values(models["value_model"], b))
-        after_cutoff = None
-        if self.at_cutoff == "bootstrap":
-            after = swept(source, batch, like[:, 0], lambda b: final_values(models["value_model"], b))
-            after_cutoff = torch.where(stopped_tensor(groups, like), 0.0, after)
+        at_cutoff = self._at_cutoff(source, batch, groups, lambda b: final_values(models["value_model"], b))
         scores, state = self.scores(groups, like, state, source.sampling.max_completion_tokens, unjudged=0.0)
-        token_rewards = self._placed(scores, groups, mask)
+        token_rewards, penalty = self._placed(scores, groups, mask, state), torch.zeros_like(like)
         if self.uses_potential:
             potentials = swept(source, batch, like, lambda b: prefix_rewards(models["reward_model"], b))
-            token_rewards = token_rewards + self.shaping_coef * potential_shaping(potentials, mask, self.gamma)
+            final = self._at_cutoff(source, batch, groups, lambda b: rewards(models["reward_model"], b))
+            token_rewards = token_rewards + self.shaping_coef * potential_shaping(potentials, mask, self.gamma, final)
         if self.penalises and self.kl_placement == "reward":
-            assert batch.old_logprobs is not None and batch.reference_logprobs is not None
-            kl = self.token_kl(batch.old_logprobs, batch.reference_logprobs, mask)
-            token_rewards = token_rewards - state.algorithm["kl_coef"] * kl
+            assert batch.reference_logprobs is not None
+            penalty = state.algorithm["kl_coef"] * self.token_kl(like, batch.reference_logprobs, mask)
+        token_rewards = token_rewards - penalty
         advantages, returns = gae(
             masked_whiten(token_rewards, mask, shift_mean=False) if self.whiten_rewards else token_rewards,
-            old_values, mask, gamma=self.gamma, gae_lambda=self.gae_lambda, bootstrap_values=after_cutoff,
+            old_values, mask, gamma=self.gamma, gae_lambda=self.gae_lambda, bootstrap_values=at_cutoff,
         )  # fmt: skip
         metrics |= {
-            "reward/minus_kl": token_rewards.sum(-1).mean().item(),
+            "reward/minus_kl": (scores - penalty.sum(-1)).mean().item(),
             "value/explained_variance": explained_variance(old_values, returns, mask),
         }
         if self.whiten_advantages:
@@ -169,16 +184,34 @@ class PPO(ScoreShaping, KLControl):
         batch = replace(batch, advantages=advantages, returns=returns, old_values=old_values)
         return Phase(self._steps(source, batch, state), metrics, groups), state
 
-    def _placed(self, scores: Tensor, groups: Sequence[Group], mask: Tensor) -> Tensor:
-        """(B,) scores -> (B, T): on the last action, in equal shares, or as token scores with the rest on the last."""
+    def _at_cutoff(
+        self, source: Source, batch: Batch, groups: Sequence[Group], function: Callable[[Batch], Tensor]
+    ) -> Tensor | None:
+        """(B,) a function of the state in which a completion was cut off, 0 where it stopped; None for 0 everywhere."""
+        if self.at_cutoff == "zero":
+            return None
+        assert batch.old_logprobs is not None
+        found = swept(source, batch, batch.old_logprobs[:, 0], function)
+        return torch.where(stopped_tensor(groups, found), 0.0, found)
+
+    def _placed(self, scores: Tensor, groups: Sequence[Group], mask: Tensor, state: LoopState) -> Tensor:
+        """(B,) scores -> (B, T): on the last action, in equal shares, or as token scores with the rest on the last.
+
+        Raises:
+            UserError: token scores are asked for, and in the first phase no reward function gives any.
+        """
         if self.reward_placement == "dense" and self.dense_reward == "share":
             return torch.where(mask, (scores / mask.sum(-1))[:, None], 0.0)
         given = torch.zeros(mask.shape, dtype=scores.dtype, device=scores.device)
         if self.reward_placement == "dense" and self.dense_reward == "given":
-            flat = [
-                x for g in groups for r in g.rollouts for x in r.token_scores or (0.0,) * len(r.completion.token_ids)
-            ]
-            given = given.masked_scatter(mask, self.reward_scale * torch.tensor(flat).to(given))
+            rollouts = [r for g in groups for r in g.rollouts]
+            if state.phase == 0 and all(r.token_scores is None for r in rollouts):
+                raise UserError(
+                    "algorithm.dense_reward given: no reward function gives one score a token; name one that does "
+                    "under reward, or choose share or potential"
+                )
+            flat = [x for r in rollouts for x in r.token_scores or (0.0,) * len(r.completion.token_ids)]
+            given = given.masked_scatter(mask, self.reward_scale * torch.tensor(flat, dtype=given.dtype, device=given.device))
         columns = torch.arange(mask.shape[1], device=mask.device)
         last_action = (mask * columns).argmax(-1)
         return given.scatter_add(1, last_action[:, None], (scores - given.sum(-1))[:, None])

@@ -33,6 +33,14 @@ class RewardModel(Hyperparameters):
     }
     """trl's RewardConfig (which takes margins wherever the data has them), OpenRLHF's train_rm, arXiv:2203.02155 app. C
     (its 64 are prompts, each with all pairs of 4 to 9 answers)."""
+    DEPARTURES: ClassVar[tuple[str, ...]] = (
+        "The score is read at the last attended token; trl (through transformers) reads it at the last that is not the "
+        "pad token, one early where the stop token is also the pad token.",
+        "The mean over pairs is the optimiser step's; trl averages the means of microbatches.",
+        "After training the start policy's own samples set the zero and the unit; arXiv:2203.02155 sets the zero by "
+        "demonstrations, and no unit.",
+        "Label smoothing turns the whole pair round, its margin too; trl and OpenRLHF have none for reward models.",
+    )
 
     name: Literal["reward_model"] = "reward_model"
     learning_rate: float = Field(1e-4, gt=0)

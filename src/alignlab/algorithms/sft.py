@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 from pydantic import Field
 
@@ -26,6 +26,23 @@ class SFT(Hyperparameters):
     metrics_file: ClassVar[str | None] = None
     dropout: ClassVar[bool] = True
     data_kind: ClassVar[str] = "examples"
+
+    PRESETS: ClassVar[Mapping[str, Mapping[str, Any]]] = {
+        "trl": {"learning_rate": 2e-5, "examples_per_step": 8, "max_grad_norm": 1.0},
+        "verl": {"learning_rate": 1e-5, "examples_per_step": 256, "max_grad_norm": 1.0},
+        "openrlhf": {"learning_rate": 5e-6, "examples_per_step": 128, "max_grad_norm": 1.0},
+    }
+    """trl's SFTConfig on one device, verl's sft_trainer.yaml, OpenRLHF's train_sft. There is no one paper."""
+    DEPARTURES: ClassVar[tuple[str, ...]] = (
+        "One mean over all completion tokens of the optimiser step, as in trl. OpenRLHF and verl's fsdp_sft_trainer "
+        "average the means of microbatches instead: the split decides how much a token counts.",
+        "The prompt is masked whatever form the data have. trl masks it where rows have `prompt` and `completion` "
+        "columns; of `messages` it trains every token unless assistant_only_loss is set.",
+        "A completion over the limit is cut before its stop token, which stays and is trained, and a row with too long "
+        "a prompt is left out. trl keeps the first max_length tokens, so that row never says stop.",
+        "A completion ends with its stop token. What a chat template writes after it (Gemma: a newline) is not "
+        "trained; in trl it is.",
+    )
 
     name: Literal["sft"] = "sft"
     learning_rate: float = Field(5e-5, gt=0)
@@ -55,6 +72,16 @@ class SFT(Hyperparameters):
 
     def observe(self, state: LoopState, metrics: Mapping[str, float]) -> tuple[LoopState, Directive]:
         return state, Directive()
+
+    def formula(self) -> tuple[str, ...]:
+        if not self.prompt_weight:
+            return "term = -logprobs", "loss = sum(mask * term) / completion_tokens"
+        weight = repr(self.prompt_weight)
+        return (
+            "term = -logprobs",
+            f"total = sum(mask * term) + {weight} * sum(prompt_mask * term)",
+            f"loss = total / (completion_tokens + {weight} * prompt_tokens)",
+        )
 
 
 ALGORITHM = SFT

@@ -1,6 +1,7 @@
 """From files and hub sets to what models read.
 
-`source`, `files`: rows -> `formats`, `examples`: Example | Pair | Prompt -> ids (`conversation`) -> `batches`: Batch.
+`source`, `files`: rows -> `formats`, `examples`: Example | Pair | Labelled | Prompt -> ids (`conversation`) ->
+`batches`: Batch.
 
 Data order is a pure function of (seed, phase), so a resumed run sees what an uninterrupted one sees. The split of one
 file into train and validation is a function of each prompt's text alone, so no prompt is ever on both sides.

@@ -1,4 +1,4 @@
-"""A source as demonstrations, preference pairs or prompts, its rows split into train and validation.
+"""A source as demonstrations, pairs, labelled completions or prompts, its rows split into train and validation.
 
 DataSource, kind, side -> items, and a report of what could not be used.
 """
@@ -16,10 +16,10 @@ from typing import Any, Generic, Literal, TypeVar, overload
 from alignlab.data.formats import Kind, Reader, Unusable
 from alignlab.data.source import DataSource, Location, train_location, validation_location
 from alignlab.errors import UserError
-from alignlab.types import Example, Pair, Prompt
+from alignlab.types import Example, Labelled, Pair, Prompt
 
 Side = Literal["train", "validation"]
-Item = TypeVar("Item", bound=Example | Pair | Prompt)
+Item = TypeVar("Item", bound=Example | Pair | Labelled | Prompt)
 
 NUM_SHOWN = 3
 """Rows named for each reason why rows were dropped."""
@@ -65,9 +65,14 @@ def load_examples(source: DataSource, kind: Literal["examples"], side: Side = "t
 @overload
 def load_examples(source: DataSource, kind: Literal["pairs"], side: Side = "train") -> Loaded[Pair]: ...
 @overload
+def load_examples(source: DataSource, kind: Literal["labelled"], side: Side = "train") -> Loaded[Labelled]: ...
+@overload
 def load_examples(source: DataSource, kind: Literal["prompts"], side: Side = "train") -> Loaded[Prompt]: ...
 def load_examples(source: DataSource, kind: Kind, side: Side = "train") -> Loaded[Any]:
-    """One side of a source as demonstrations, preference pairs or prompts.
+    """One side of a source as demonstrations, preference pairs, labelled completions or prompts.
+
+    Where labelled completions are wanted and the rows are pairs, each gives two: chosen desirable, rejected
+    undesirable. The report and `limit` then count pairs.
 
     Where validation has rows of its own, those whose prompt is also in train are dropped from it; where it has none,
     the hash of each prompt says its side. Empty rows, pairs of equal completions and the like are dropped and counted.
@@ -105,7 +110,19 @@ def load_examples(source: DataSource, kind: Kind, side: Side = "train") -> Loade
         shown=tally.shown(),
         fingerprint=fingerprint(items),
     )
+    if kind == "labelled":
+        items = tuple(verdict for item in items for verdict in _verdicts(item))
     return Loaded(items=items, report=report)
+
+
+def _verdicts(item: Labelled | Pair) -> tuple[Labelled, ...]:
+    """A pair as the two verdicts that it implies."""
+    if isinstance(item, Labelled):
+        return (item,)
+    return (
+        Labelled(prompt=item.prompt, completion=item.chosen, label=True),
+        Labelled(prompt=item.prompt, completion=item.rejected, label=False),
+    )
 
 
 def _parse(source: DataSource, kind: Kind, location: Location) -> tuple[dict[int, Any], _Tally]:
@@ -175,21 +192,21 @@ def fingerprint(data: str | Path | Iterable[object]) -> str:
     return digest.hexdigest()
 
 
-def _prompt(item: Example | Pair | Prompt) -> Prompt:
+def _prompt(item: Example | Pair | Labelled | Prompt) -> Prompt:
     return item if isinstance(item, Prompt) else item.prompt
 
 
-def _key(item: Example | Pair | Prompt) -> str:
+def _key(item: Example | Pair | Labelled | Prompt) -> str:
     """What decides the side: the prompt, or the text where there is none."""
     messages = [(message.role, message.content) for message in _prompt(item).messages]
     text = item.completion if isinstance(item, Example) and not messages else ""
     return _hash(messages, text)
 
 
-def _content(item: Example | Pair | Prompt) -> str:
+def _content(item: Example | Pair | Labelled | Prompt) -> str:
     """What makes two items duplicates: everything but the id."""
     prompt = _prompt(item)
-    said = [getattr(item, name, None) for name in ("completion", "chosen", "rejected")]
+    said = [getattr(item, name, None) for name in ("completion", "label", "chosen", "rejected")]
     return _hash([(message.role, message.content) for message in prompt.messages], prompt.answer, prompt.meta, said)
 
 

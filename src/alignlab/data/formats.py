@@ -1,6 +1,6 @@
 """The usual formats of alignment data, found by their columns.
 
-{column: value} -> Example | Pair | Prompt, or why the row cannot be used.
+{column: value} -> Example | Pair | Labelled | Prompt, or why the row cannot be used.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from alignlab.data.files import Record, joined, kind_of
 from alignlab.data.source import DataSource, Format
 from alignlab.errors import UserError
 from alignlab.registry import did_you_mean
-from alignlab.types import Example, Message, Pair, Prompt
+from alignlab.types import Example, Labelled, Message, Pair, Prompt
 
-Kind = Literal["examples", "pairs", "prompts"]
+Kind = Literal["examples", "pairs", "labelled", "prompts"]
 
 FIELDS: Mapping[str, str] = {
     "prompt": "the user's message, or a list of messages",
@@ -37,6 +37,7 @@ FIELDS: Mapping[str, str] = {
     "margin": "by how much chosen is better",
     "score_chosen": "score of chosen",
     "score_rejected": "score of rejected",
+    "label": "whether the completion is desirable: true or false, 1 or 0, 1 or -1",
 }
 """What columns can be mapped to."""
 ALIASES = {"prompt": ("question",), "system": ("system_prompt",), "id": ("ID",)}
@@ -46,13 +47,17 @@ SYNONYMS: Mapping[str, tuple[str, ...]] = {
     "completion": ("response", "output", "summary", "section_text", "target", "snippet", "code"),
     "chosen": ("chosen_response", "preferred", "preferred_output", "better", "winner", "accepted"),
     "rejected": ("rejected_response", "non_preferred_output", "dispreferred", "worse", "loser"),
+    "label": ("labels", "desirable", "is_desirable", "thumbs_up", "liked", "feedback", "rating", "kto_tag"),
 }
 """Other people's names for a field; they suggest a mapping and are never guessed."""
 EXPECTED: Mapping[Kind, str] = {
     "examples": "prompt and completion, question and answer, messages, conversations, or text",
     "pairs": "chosen and rejected, and prompt unless they are whole dialogues",
+    "labelled": "prompt, completion and label, or pairs: prompt, chosen and rejected",
     "prompts": "prompt, question, messages or conversations",
 }
+UNPAIRED = {"completion", "label"}
+"""Columns of completions with a verdict of their own; without them pairs are taken apart where these are wanted."""
 ROLES: Mapping[str, Literal["system", "user", "assistant"]] = {
     "system": "system",
     "user": "user",
@@ -65,6 +70,7 @@ ROLES: Mapping[str, Literal["system", "user", "assistant"]] = {
 _ASSISTANT = "\n\nAssistant:"
 _TURN = re.compile(r"\n\n(Human|Assistant):")
 _GOLD = re.compile(r"####[ \t]*([^\n]*\S)\s*\Z")
+_LABELS = {"true": True, "1": True, "+1": True, "false": False, "0": False, "-1": False}
 _SURROGATE = re.compile("[\ud800-\udfff]")
 _PLACEHOLDER = re.compile(r"\{([^{}]+)\}")
 _CONVERSATIONS = ("messages", "conversations")
@@ -98,11 +104,14 @@ class Reader:
         for row in rows:
             found |= {column: value for column, value in row.items() if found.get(column) is None}
         columns = _map_columns(source, found, name)
+        if kind == "labelled" and columns.keys() >= {"chosen", "rejected"} and not columns.keys() >= UNPAIRED:
+            kind = "pairs"  # taken apart by whoever asked
         order = sorted((*_CONVERSATIONS, "prompt"), key=lambda f: f not in source.columns)  # what is mapped goes first
         prompt = next((f for f in order if f in columns), None)
         has_prompt = prompt is not None or bool(_placeholders(source.prompt_template) - {"prompt"})
         options: tuple[str, ...] = ("chosen",) if kind == "pairs" else ("completion", "chosen")
-        options += ("answer",) if kind == "examples" and prompt not in _CONVERSATIONS else ()
+        options = ("completion",) if kind == "labelled" else options
+        options += ("answer",) if kind in ("examples", "labelled") and prompt not in _CONVERSATIONS else ()
         outputs = tuple(f for f in options if f in columns)[:1]
         whole = _holds_dialogues(found.get(columns[outputs[0]])) if outputs else ""
         format: str = source.format
@@ -120,11 +129,12 @@ class Reader:
         elif prompt not in _CONVERSATIONS:
             outputs = outputs or ("completion",)
         needed = outputs if has_prompt or whole or format == "text" else ("prompt", *outputs)
+        needed += ("label",) if kind == "labelled" else ()
         for missing in (field for field in needed if field not in columns):
             raise UserError(joined(f"{name}: no column for {missing}", *_suggestion(missing, kind, found)))
         return cls(source=source, kind=kind, format=format, columns=columns, prompt=prompt, outputs=outputs)
 
-    def item(self, row: Record, where: str, default_id: str) -> Example | Pair | Prompt:
+    def item(self, row: Record, where: str, default_id: str) -> Example | Pair | Labelled | Prompt:
         """What a row says. Raises Unusable to leave it out and count it, UserError for what has to be repaired."""
         answers = [self._answer(row, output, where) for output in self.outputs]
         messages, last = ((), "") if self.format == "text" else self._conversation(row, where)
@@ -135,7 +145,7 @@ class Reader:
             messages = dialogues.pop()
         prompt = self._prompt(row, messages, where, default_id)
         texts = [text for _, text in answers] or [last]
-        item: Example | Pair | Prompt = prompt
+        item: Example | Pair | Labelled | Prompt = prompt
         if self.kind == "examples":
             if not texts[0].strip():
                 raise Unusable("no completion")
@@ -144,6 +154,10 @@ class Reader:
             if texts[0].strip() == texts[1].strip():
                 raise Unusable("chosen equals rejected")
             item = Pair(prompt=prompt, chosen=texts[0], rejected=texts[1], margin=self._margin(row, where))
+        elif self.kind == "labelled":
+            if not texts[0].strip():
+                raise Unusable("no completion")
+            item = Labelled(prompt=prompt, completion=texts[0], label=self._label(row, where))
         if any(map(_SURROGATE.search, (*texts, *(message.content for message in prompt.messages)))):
             raise Unusable("half of a surrogate pair")
         return item
@@ -228,6 +242,7 @@ class Reader:
         if not isinstance(own, dict):
             _wrong_type(where, self.columns["meta"], own, "an object")
         read = {*FIELDS, *self.columns.values(), *_placeholders(self.source.prompt_template)}
+        read -= {"label"} if self.kind != "labelled" and "label" not in self.source.columns else set()
         return {c: v for c, v in row.items() if c not in read and isinstance(v, str | int | float | list | dict)} | own
 
     def _margin(self, row: Record, where: str) -> float | None:
@@ -237,6 +252,15 @@ class Reader:
         if margin is not None and margin < 0:
             raise Unusable("chosen is scored below rejected")
         return margin
+
+    def _label(self, row: Record, where: str) -> bool:
+        value = self._value(row, "label", where)
+        whole = isinstance(value, float) and value.is_integer()  # how tables write 1 where the column has an empty row
+        label = _LABELS.get(str(int(value) if whole else value).strip().lower())
+        if label is None:
+            column, expected = self.columns["label"], "true or false, 1 or 0, or 1 or -1"
+            raise UserError(f"{where}: column {column!r} holds {value!r}, expected {expected}")
+        return label
 
     def _value(self, row: Record, name: str, where: str) -> Any:
         column = self.columns[name]

@@ -1,7 +1,8 @@
 """Held-out evaluation: a policy and graded prompts -> completions -> per-prompt scores and metrics.
 
 Scores come from the tasks' graders, not from the reward. Decoding is seeded by the prompt, the same for every model
-that is compared, so that models differ and dice do not.
+that is compared, so that models differ and dice do not. With `best_of`, the training reward chooses among several
+candidates what is graded.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from alignlab.errors import UserError
 from alignlab.forward import rewards, score
 from alignlab.generate import Sampling
 from alignlab.models import Model, ScalarModel, unwrap
-from alignlab.rollout import Source, sample_prompts
+from alignlab.rollout import Reward, Source, combine, sample_prompts
 from alignlab.statistics.inference import prompt_interval, wilson_interval
 from alignlab.tasks import get_task
 from alignlab.types import Completion, Prompt, Row
@@ -63,20 +64,26 @@ def evaluate_policy(
     *,
     samples: int = 1,
     reference: Model | None = None,
+    best_of: int = 1,
+    rewards: Sequence[Reward] = (),
     max_rows: int = 512,
 ) -> Evaluation:
     """Samples every prompt, grades the completions, and measures lengths, variety and the KL to a reference.
 
     Args:
         reference: the policy training started from; None leaves the KL out.
+        best_of: candidates of each graded completion. The first of them is the one that would be graded without a
+            choice, so with an indifferent reward nothing changes.
+        rewards: what chooses among them.
     """
     prompt_ids = [template.encode_prompt(prompt) for prompt in prompts]
-    sampled = sample_prompts(
-        policy, prompts, prompt_ids, template, sampling, num_samples=samples,
+    candidates = sample_prompts(
+        policy, prompts, prompt_ids, template, sampling, num_samples=samples * best_of,
         seed=EVALUATION_SEED, phase=EVALUATION_PHASE, max_rows=max_rows,
     )  # fmt: skip
+    chosen, choice_metrics = choose(prompts, candidates, best_of, rewards)
     rows = []
-    for prompt, completions in zip(prompts, sampled, strict=True):
+    for prompt, completions in zip(prompts, chosen, strict=True):
         for completion in completions:
             rows.append((prompt, completion, _grade(prompt, completion)))
     scores: dict[str, list[float]] = {}
@@ -91,9 +98,10 @@ def evaluate_policy(
     completions = [c for _, c, _ in rows]
     if per_prompt:
         metrics["score"] = task_mean(per_prompt, {p.id: p.task for p in prompts})
-    metrics |= completion_metrics(completions)
-    if reference is not None:
-        metrics |= kl_metrics(reference, prompts, prompt_ids, sampled, template, sampling)
+    metrics |= completion_metrics(completions) | choice_metrics
+    if reference is not None:  # of the policy: what is chosen by another rule than its own probability is no sample
+        unchosen = [siblings[:samples] for siblings in candidates]
+        metrics |= kl_metrics(reference, prompts, prompt_ids, unchosen, template, sampling)
     return Evaluation(
         scores=per_prompt,
         tasks={p.id: p.task for p in prompts},
@@ -112,6 +120,39 @@ def evaluate_policy(
         ],
         intervals=_intervals(per_prompt, {p.id: p.task for p in prompts}),
     )
+
+
+def choose(
+    prompts: Sequence[Prompt], candidates: Sequence[Sequence[Completion]], best_of: int, rewards: Sequence[Reward]
+) -> tuple[list[list[Completion]], dict[str, float]]:
+    """The completion of the highest reward among the candidates of each sample, and what the choice cost and gained.
+
+    Of S samples, the candidates of sample s are completions s, s + S, s + 2 S, ... of its prompt. Of equal rewards the
+    first one wins; what no reward judged loses against whatever was judged.
+
+    Returns:
+        For each prompt its S chosen completions; metrics.
+    """
+    tokens = float(np.mean([len(c.token_ids) for siblings in candidates for c in siblings])) * best_of
+    metrics = {"inference/tokens_per_answer": tokens}
+    if best_of == 1:
+        return [list(siblings) for siblings in candidates], metrics
+    flat = [(prompt, c) for prompt, siblings in zip(prompts, candidates, strict=True) for c in siblings]
+    judged = np.array([j.reward for j in combine(rewards, [p for p, _ in flat], [c for _, c in flat])])
+    samples = len(candidates[0]) // best_of
+    by_sample = judged.reshape(len(prompts), best_of, samples)
+    best = np.where(np.isnan(by_sample), -np.inf, by_sample).argmax(1)  # (P, S); the first of the largest
+    chosen = [
+        [siblings[int(best[p, s]) * samples + s] for s in range(samples)] for p, siblings in enumerate(candidates)
+    ]
+    picked = np.take_along_axis(by_sample, best[:, None], 1)
+    metrics |= {
+        "inference/candidates": float(best_of),
+        "inference/reward": float(np.nanmean(picked)),
+        "inference/reward_gain": float(np.nanmean(picked) - np.nanmean(by_sample)),
+        "inference/kl_bound": math.log(best_of) - (best_of - 1) / best_of,
+    }
+    return chosen, metrics
 
 
 def check_gradable(prompts: Sequence[Prompt]) -> None:

@@ -1,4 +1,4 @@
-"""The one place where a Batch meets a model: (model, Batch) -> (B, T) logprobs, entropies, values, or (B,) scores.
+"""The one place where a Batch meets a model: (model, Batch) -> (B, T) logprobs, entropies, values, KL, or (B,) scores.
 
 The shift by one happens here and nowhere else: the state at index t - 1 predicts token t, is the state before action t,
 and so gives both the logprob and the value at index t. Only completion positions are scored; elsewhere tensors hold 0.
@@ -12,6 +12,7 @@ from typing import cast
 import torch
 from torch import Tensor
 
+from alignlab.functional.divergence import reverse_kl
 from alignlab.functional.logprobs import token_logprobs, token_logprobs_and_entropy
 from alignlab.models import Model, ScalarModel, active, head, trunk
 from alignlab.types import Batch
@@ -63,6 +64,28 @@ def score_and_values(
     states = trunk_states(policy, batch)
     value_states = states if value_model.backbone is policy else trunk_states(value_model, batch)
     return _score(policy, states, batch, temperature, entropy), _values(value_model, value_states, batch)
+
+
+def score_and_divergence(
+    policy: Model, teacher: Model, batch: Batch, *, temperature: float = 1.0, entropy: bool = False
+) -> tuple[Scores, Tensor]:
+    """The policy's scores, and KL(policy || teacher) of the next-token distribution before each completion token,
+    (B, T), 0 elsewhere; the teacher gets no gradient. Both heads must have the same number of entries."""
+    states = trunk_states(policy, batch)
+    with torch.no_grad():
+        teacher_states = trunk_states(teacher, batch)
+    rows, columns = _scored(batch)
+    top, teacher_top = head(policy), head(teacher)
+    flat = reverse_kl(
+        states[rows, columns - 1],
+        top.weight,
+        teacher_states[rows, columns - 1],
+        teacher_top.weight,
+        temperature=temperature,
+        logit_softcap=top.softcap,
+        teacher_logit_softcap=teacher_top.softcap,
+    )
+    return _score(policy, states, batch, temperature, entropy), _scatter(flat, rows, columns, batch)
 
 
 def final_values(value_model: ScalarModel, batch: Batch) -> Tensor:

@@ -212,15 +212,18 @@ def gae(
     return advantages, advantages + values
 
 
-def potential_shaping(potentials: Tensor, mask: Tensor, gamma: float) -> Tensor:
+def potential_shaping(potentials: Tensor, mask: Tensor, gamma: float, final_potentials: Tensor | None = None) -> Tensor:
     """gamma * Phi(next state) - Phi(state) for each token: shaping that keeps the optimum (Ng et al. 1999).
 
     Args:
         potentials: (B, T), Phi of the state in which token t was chosen, e.g. a reward model's score of the prefix.
-        mask: (B, T); "next" is the next token under it, as in `gae`. Phi of the end is 0.
+        mask: (B, T); "next" is the next token under it, as in `gae`.
         gamma: discount of one token; the same as in the returns, or the optimum moves.
+        final_potentials: (B,), Phi of the state after the last token, which is 0 at a true end: other than 0 only where
+            the return goes on with a value of that state. None for 0 everywhere.
 
     Returns:
         (B, T), 0 outside the mask. With gamma 1 a row sums to -Phi of its first state, whatever the tokens are.
     """
-    return gae(torch.zeros_like(potentials), potentials, mask, gamma=gamma, gae_lambda=0.0)[0]
+    nothing = torch.zeros_like(potentials)
+    return gae(nothing, potentials, mask, gamma=gamma, gae_lambda=0.0, bootstrap_values=final_potentials)[0]

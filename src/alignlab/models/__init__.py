@@ -1,9 +1,18 @@
 """The models of a run: a name and a few choices -> policy, reference, reward model and value model on a device.
 
-`load` finds and loads, `roles` makes of a model what a method needs, `store` writes and restores weights bit for bit,
-`explain` turns what can go wrong into one line.
+`load` finds and loads, `quantised` stores frozen weights in few bits, `roles` makes of a model what a method needs,
+`adapters` puts low-rank ones on a model, merges them and grows critics, `store` writes and restores weights bit for
+bit, `explain` turns what can go wrong into one line.
 """
 
+from alignlab.models.adapters import (
+    MERGE_TOLERANCE,
+    MergeCheck,
+    fixed_logits,
+    make_value_model,
+    merge_adapter,
+    merge_checked,
+)
 from alignlab.models.load import (
     Dtype,
     LoraChoice,
@@ -13,14 +22,17 @@ from alignlab.models.load import (
     load_generation_config,
     load_policy,
     load_reward_model,
+    load_stored,
     load_tokenizer,
     location,
     pick_device,
+    weights_dtype,
 )
 from alignlab.models.roles import (
     AdapterOff,
     Head,
     Model,
+    Quantization,
     ScalarModel,
     active,
     disable_dropout,
@@ -31,27 +43,32 @@ from alignlab.models.roles import (
     hidden_size,
     make_reference,
     make_reward_model,
-    make_value_model,
     num_parameters,
+    quantization,
+    recompute_activations,
     trainable_copy,
     trunk,
     unwrap,
 )
-from alignlab.models.store import ADAPTER_FILE, BASE_FILE, HEAD_FILE, load_weights, save_model
+from alignlab.models.store import ADAPTER_FILE, BASE_FILE, HEAD_FILE, load_weights, save_model, stored_quantization
 
 __all__ = [
     "ADAPTER_FILE",
     "BASE_FILE",
     "HEAD_FILE",
+    "MERGE_TOLERANCE",
     "AdapterOff",
     "Dtype",
     "Head",
     "LoraChoice",
+    "MergeCheck",
     "Model",
     "ModelChoice",
+    "Quantization",
     "ScalarModel",
     "active",
     "disable_dropout",
+    "fixed_logits",
     "freeze",
     "frozen_copy",
     "frozen_policy",
@@ -62,16 +79,23 @@ __all__ = [
     "load_generation_config",
     "load_policy",
     "load_reward_model",
+    "load_stored",
     "load_tokenizer",
     "load_weights",
     "location",
     "make_reference",
     "make_reward_model",
     "make_value_model",
+    "merge_adapter",
+    "merge_checked",
     "num_parameters",
     "pick_device",
+    "quantization",
+    "recompute_activations",
     "save_model",
+    "stored_quantization",
     "trainable_copy",
     "trunk",
     "unwrap",
+    "weights_dtype",
 ]

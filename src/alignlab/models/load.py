@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Literal, cast
 
 import torch
-from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftConfig, PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from transformers import (
@@ -30,9 +30,28 @@ from transformers.utils import logging as transformers_logging
 
 from alignlab import starter
 from alignlab.errors import UserError
+from alignlab.models.adapters import merge_adapter, with_adapter
 from alignlab.models.explain import brief, explained, listed, require_fit
-from alignlab.models.roles import ScalarModel, disable_dropout, freeze, head, hidden_size, seeded, trunk, unwrap
-from alignlab.models.store import ADAPTER_FILE, HEAD_FILE, adapter_base, load_head, load_weights, weight_files
+from alignlab.models.roles import (
+    Quantization,
+    ScalarModel,
+    disable_dropout,
+    freeze,
+    head,
+    hidden_size,
+    seeded,
+    trunk,
+    unwrap,
+)
+from alignlab.models.store import (
+    ADAPTER_FILE,
+    HEAD_FILE,
+    adapter_base,
+    load_head,
+    load_weights,
+    stored_quantization,
+    weight_files,
+)
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16", "float64"]
 HEAD_TOLERANCE = 0.02
@@ -65,6 +84,9 @@ class ModelChoice:
     """`auto`: eager for Gemma 2 (whose attention soft-cap sdpa lacks), sdpa elsewhere."""
     adapter: LoraChoice | None = None
     """None trains every weight."""
+    quantization: Quantization | None = None
+    """The linear layers' weights, the head's left out, in few bits: `4bit` (NF4, arXiv:2305.14314) or `8bit`. They
+    cannot be trained, so a policy needs an adapter on them."""
     overrides: dict[str, Any] = field(default_factory=dict)
     """Configuration values to replace when `weights: random` (e.g. fewer layers of a true-size shape)."""
 
@@ -134,6 +156,15 @@ def load_generation_config(name: str, revision: str | None = None) -> Generation
         return GenerationConfig.from_pretrained(where)
 
 
+def weights_dtype(name: str, revision: str | None = None) -> Dtype:
+    """The type in which a model's files hold its weights; of a folder with an adapter, its base model's."""
+    where = _location_of("config.json", name)
+    with explained(name):
+        config = AutoConfig.from_pretrained(where, revision=revision, trust_remote_code=False)
+    known = str(config.get_text_config().dtype or config.dtype or torch.float32).removeprefix("torch.")
+    return cast(Dtype, known)
+
+
 def _location_of(file: str, name: str) -> str:
     """Where a model's `file` is to be found: its own location, or its base's where the folder is a bare adapter."""
     folder = Path(where := location(name))
@@ -157,39 +188,53 @@ def load_policy(
     Raises:
         UserError: the model cannot be found, reached or used, with what to do about it.
     """
-    model = _load(choice, seed, device)
+    if choice.quantization and choice.adapter is None:
+        raise UserError(
+            f"model {choice.name!r}: {choice.quantization} weights cannot be trained; set model.adapter (lora) or drop "
+            "model.quantization"
+        )
+    model = load_stored(choice, seed=seed, device=device)
     if choice.adapter is None and isinstance(model, PeftModel):
-        merged = cast(PreTrainedModel, model.merge_and_unload())
-        return merged.requires_grad_(True)
+        with explained(choice.name):
+            return merge_adapter(model).requires_grad_(True)
     return model
 
 
 def frozen_policy(
     choice: ModelChoice, device: torch.device | None = None, *, seed: int = 0
 ) -> PreTrainedModel | PeftModel:
-    """A policy that is only sampled or scored: no gradients, no dropout."""
-    policy = load_policy(choice, seed=seed, device=device)
+    """A policy that is only sampled or scored, without gradients and dropout; quantised, it keeps its adapter apart."""
+    policy = (load_stored if choice.quantization else load_policy)(choice, seed=seed, device=device)
     disable_dropout(policy)
     return freeze(policy)
 
 
 def load_reward_model(folder: Path, choice: ModelChoice, *, device: torch.device | None = None) -> ScalarModel:
-    """A trained reward model from its folder, frozen. An adapter stays in place, so it scores as it did, bit for bit.
+    """A trained reward model from its folder, frozen. It scores as it did after training, bit for bit: its adapter
+    stays in place, and its weights are quantised if they were so in training, whatever `choice` says of these two.
 
     Raises:
         UserError: the folder has no trained head, or weights that do not fit.
     """
     if not (folder / HEAD_FILE).is_file():
         raise UserError(f"{folder}: no {HEAD_FILE}; train a reward model first (algorithm: reward_model)")
-    backbone = _load(replace(choice, name=str(folder), weights="pretrained", overrides={}, adapter=None), 0, device)
+    as_trained = {"name": str(folder), "quantization": stored_quantization(folder)}
+    own = replace(choice, **as_trained, weights="pretrained", revision=None, overrides={}, adapter=None)  # type: ignore[arg-type]
+    backbone = load_stored(own, device=device)
     model = ScalarModel(backbone, hidden_size(backbone))
     load_head(model, folder)
     disable_dropout(model)
     return freeze(model).eval()
 
 
-def _load(choice: ModelChoice, seed: int, device: torch.device | None) -> PreTrainedModel | PeftModel:
-    """The model as it is stored, an adapter in place, or with a fresh one."""
+def load_stored(
+    choice: ModelChoice, *, seed: int = 0, device: torch.device | None = None
+) -> PreTrainedModel | PeftModel:
+    """The model as it is stored, an adapter in place; where an adapter is asked for and none stored, with a fresh one.
+
+    Raises:
+        UserError: the model cannot be found, reached or used, with what to do about it.
+    """
     folder = Path(location(choice.name))
     if not (folder / ADAPTER_FILE).is_file():
         model = _load_base(choice, choice.name, seed, device or pick_device())
@@ -201,7 +246,7 @@ def _load(choice: ModelChoice, seed: int, device: torch.device | None) -> PreTra
     config = _read_adapter(folder, choice)
     base = _load_base(replace(choice, revision=config.revision), adapter_base(folder), seed, device or pick_device())
     linear = _linear_layers(base)
-    adapted = _with_adapter(base, config, seed)
+    adapted = with_adapter(base, config, seed)
     _require_layers(adapted, choice, linear)
     load_weights(adapted, folder)
     return adapted
@@ -232,7 +277,27 @@ def _load_base(choice: ModelChoice, name: str, seed: int, device: torch.device) 
     else:
         model = _read_pretrained(where, name, choice.revision, config, dtype, attention)
     _require_usable(model, name)
+    if choice.quantization:
+        _quantise(model, name, choice.quantization, device)
     return cast(PreTrainedModel, model.to(device))
+
+
+def _quantise(model: PreTrainedModel, name: str, kind: Quantization, device: torch.device) -> None:
+    if model.dtype == torch.float64:
+        raise UserError(f"model {name!r}: {kind} weights stand for float32 at best; set model.dtype to float32")
+    try:
+        from alignlab.models.quantised import quantise
+    except ImportError as error:
+        raise UserError(f"model.quantization: {kind} needs bitsandbytes: pip install 'alignlab[quant]'") from error
+    try:
+        quantise(model, kind, device)
+    except TypeError as error:
+        raise UserError(f"model {name!r}: {error}; drop model.quantization") from error
+    except (RuntimeError, NotImplementedError) as error:
+        raise UserError(
+            f"model.quantization: bitsandbytes cannot make {kind} weights on {device} ({brief(error)}); drop it, or "
+            "take another device"
+        ) from error
 
 
 def _dtype(name: Dtype, device: torch.device) -> torch.dtype:
@@ -328,15 +393,7 @@ def _add_adapter(model: PreTrainedModel, choice: ModelChoice, lora: LoraChoice, 
         revision=choice.revision,
         base_model_name_or_path=str(folder.resolve()) if is_folder else choice.name,
     )
-    return _with_adapter(model, config, seed)
-
-
-def _with_adapter(model: PreTrainedModel, config: LoraConfig, seed: int) -> PeftModel:
-    base = config.base_model_name_or_path
-    with seeded(seed), warnings.catch_warnings(action="ignore"):
-        adapted = get_peft_model(model, config, autocast_adapter_dtype=True)
-    config.base_model_name_or_path = base  # peft puts the folder in its place, and warns of it
-    return cast(PeftModel, adapted.eval())
+    return with_adapter(model, config, seed)
 
 
 def _read_adapter(folder: Path, choice: ModelChoice) -> LoraConfig:

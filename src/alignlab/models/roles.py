@@ -1,4 +1,4 @@
-"""What a model is to a method: a causal LM -> policy, reference view, reward model, value model; and what is in one.
+"""What a model is to a method: a causal LM -> policy, reference view, reward model; and what is in one.
 
 A policy is a `transformers` causal LM or a `peft` model around one. A reward or value model is a `ScalarModel`: a
 policy's trunk with one scalar head.
@@ -7,7 +7,9 @@ policy's trunk with one scalar head.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+import math
+import warnings
+from collections.abc import Collection, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar, cast
@@ -18,6 +20,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 M = TypeVar("M", bound=nn.Module)
+Quantization = Literal["4bit", "8bit"]
 
 
 class AdapterOff:
@@ -133,8 +136,19 @@ def hidden_size(model: object) -> int:
 
 
 def num_parameters(model: object, trained_only: bool = False) -> int:
+    """Weights of a model, tied ones once, and quantised ones as many as they stand for."""
     module = model if isinstance(model, nn.Module) else unwrap(model)
-    return sum(p.numel() for p in module.parameters() if p.requires_grad or not trained_only)
+    return sum(_count(p) for p in module.parameters() if p.requires_grad or not trained_only)
+
+
+def _count(parameter: nn.Parameter) -> int:
+    packed = getattr(parameter, "quant_state", None)  # 4-bit weights lie two in a byte
+    return parameter.numel() if packed is None else math.prod(packed.shape)
+
+
+def quantization(model: object) -> Quantization | None:
+    """How the frozen linear layers of a model are quantised."""
+    return cast(Quantization | None, getattr(unwrap(model), "quantization", None))
 
 
 def has_adapter(model: object) -> bool:
@@ -166,10 +180,28 @@ def disable_dropout(model: nn.Module) -> None:
                 setattr(module, name, 0.0)
 
 
+def recompute_activations(model: nn.Module) -> None:
+    """Keeps no activations between forward and backward pass but the layers' inputs; the rest is computed anew.
+
+    It happens in training mode only, into which this switches the model; dropout that was disabled stays off. Sampling
+    is done in evaluation mode, with its cache.
+    """
+    with warnings.catch_warnings(action="ignore"):  # a later name is not in every release that alignlab admits
+        unwrap(model).gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[no-untyped-call]
+    model.train()
+
+
 def trainable_copy(model: M) -> M:
     """A copy that can be trained by itself: trained weights are copied, frozen ones (under an adapter) shared."""
-    shared: dict[int, Any] = {id(p): p for p in model.parameters() if not p.requires_grad}
-    return copy.deepcopy(model, shared)
+    return copy_sharing(model, {p for p in model.parameters() if not p.requires_grad})
+
+
+def copy_sharing(model: M, shared: Collection[nn.Parameter]) -> M:
+    """A copy in which the given parameters are those of the original."""
+    known: dict[int, Any] = {id(parameter): parameter for parameter in shared}
+    states = (getattr(parameter, "quant_state", None) for parameter in shared)
+    known |= {id(state): state for state in states if state is not None}  # a layer refers to it a second time
+    return copy.deepcopy(model, known)
 
 
 def frozen_copy(model: M) -> M:
@@ -191,9 +223,3 @@ def make_reward_model(trunk: PreTrainedModel | PeftModel, *, seed: int) -> Scala
     size = hidden_size(trunk)
     with seeded(seed):
         return ScalarModel(trunk, size, init_std=(size + 1) ** -0.5)
-
-
-def make_value_model(policy: PreTrainedModel | PeftModel, backbone: Literal["own", "shared"]) -> ScalarModel:
-    """A critic on a copy of the policy's trunk, or on the policy's own; its head starts at zero."""
-    own = policy if backbone == "shared" else trainable_copy(policy)
-    return ScalarModel(own, hidden_size(policy))

@@ -5,7 +5,6 @@ A weight that is missing, unknown or of another shape is an error. An adapter re
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -20,13 +19,15 @@ from transformers import PreTrainedModel
 
 from alignlab.errors import UserError
 from alignlab.models.explain import brief, listed, require_fit
-from alignlab.models.roles import ScalarModel
+from alignlab.models.roles import Quantization, ScalarModel, quantization
 
 HEAD_FILE = "scalar_head.safetensors"
 ADAPTER_FILE = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 BASE_FILE = "adapter_base.json"
-"""Beside an adapter: name and fingerprint of the base weights it was trained on."""
+"""Beside an adapter: name, quantisation and a few values of the base weights it was trained on."""
+FEW = 8
+"""Values that are remembered of each weight, at most."""
 
 
 def save_model(model: nn.Module, folder: Path) -> None:
@@ -42,7 +43,11 @@ def save_model(model: nn.Module, folder: Path) -> None:
         config = read_json(folder / ADAPTER_FILE)  # peft writes sets in hash order, which differs between processes
         ordered = {k: sorted(v) if isinstance(v, list) else v for k, v in sorted(config.items())}
         (folder / ADAPTER_FILE).write_text(json.dumps(ordered, indent=1) + "\n", "utf-8")
-        base = {"name": model.active_peft_config.base_model_name_or_path, "fingerprint": base_fingerprint(model)}
+        base = {
+            "name": model.active_peft_config.base_model_name_or_path,
+            "quantization": quantization(model),
+            "weights": base_values(model),
+        }
         (folder / BASE_FILE).write_text(json.dumps(base, indent=1) + "\n", "utf-8")
     else:
         cast(PreTrainedModel, model).save_pretrained(str(folder))
@@ -59,7 +64,7 @@ def load_weights(model: nn.Module, folder: Path) -> None:
         load_weights(model.backbone, folder)
     elif isinstance(model, PeftModel):
         base = read_json(folder / BASE_FILE) if (folder / BASE_FILE).is_file() else None
-        if base is not None and base.get("fingerprint") != base_fingerprint(model):
+        if base is not None and not _same_base(base.get("weights"), base_values(model)):
             raise UserError(
                 f"{folder}: trained on other base weights than {base.get('name')!r} has now; train it again"
             )
@@ -89,14 +94,42 @@ def adapter_base(folder: Path) -> str:
     return base
 
 
-def base_fingerprint(model: PeftModel) -> str:
-    """sha256 over a few values of every base weight, rounded to bfloat16: the same in bfloat16 and anything wider."""
-    digest = hashlib.sha256()
-    for name, weight in model.get_base_model().named_parameters():
-        if ".lora_" not in name:
-            few = weight.detach().flatten()[:: -(-weight.numel() // 16)].to("cpu", torch.bfloat16)
-            digest.update(f"{name} {tuple(weight.shape)} {few.tolist()}\n".encode())
-    return digest.hexdigest()
+def stored_quantization(folder: Path) -> Quantization | None:
+    """How the base weights were quantised under which a folder's adapter was trained; None: not, or a full model."""
+    kind = read_json(folder / BASE_FILE).get("quantization") if (folder / BASE_FILE).is_file() else None
+    return cast(Quantization | None, kind)
+
+
+def few_values(weight: Tensor) -> dict[str, Any]:
+    """Shape, type and a few values of a weight: enough to tell it from another, as JSON."""
+    few = weight.detach().flatten()[:: -(-weight.numel() // FEW)].cpu().double()
+    return {"shape": list(weight.shape), "dtype": str(weight.dtype).removeprefix("torch."), "values": few.tolist()}
+
+
+def base_values(model: PeftModel) -> dict[str, Any]:
+    """Name -> `few_values` of every base weight; of quantised ones, as they were before."""
+    base = model.get_base_model()
+    remembered = {m.weight: m.original for m in base.modules() if hasattr(m, "original")}
+    weights = {name: weight for name, weight in base.named_parameters() if ".lora_" not in name}
+    return {name: remembered.get(weight) or few_values(weight) for name, weight in weights.items()}
+
+
+def _same_base(saved: Any, own: Mapping[str, Any]) -> bool:
+    """Whether these are the same weights, each maybe rounded to another type."""
+    try:
+        return saved.keys() == own.keys() and all(_same_weight(saved[name], own[name]) for name in own)
+    except (AttributeError, KeyError, TypeError, ValueError):  # not as it was written
+        return False
+
+
+def _same_weight(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+    if one["shape"] != other["shape"]:
+        return False
+    types = {getattr(torch, one["dtype"]), getattr(torch, other["dtype"])}
+    rounded = [torch.finfo(t) for t in types] if len(types) > 1 else []  # of one type: to the bit
+    relative, absolute = sum(r.eps for r in rounded) / 2, sum(r.smallest_normal * r.eps for r in rounded)
+    pairs = zip(one["values"], other["values"], strict=True)
+    return all(abs(a - b) <= relative * max(abs(a), abs(b)) + absolute for a, b in pairs)
 
 
 def weight_files(folder: Path) -> list[Path]:

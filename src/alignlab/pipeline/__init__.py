@@ -8,17 +8,27 @@ again by its key, a hash of everything that decides its weights.
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 from alignlab import registry
+from alignlab.conversation import Template
 from alignlab.errors import UserError
-from alignlab.models import hush_progress_bars, pick_device
-from alignlab.pipeline.identity import DONE, StageResult, finished_stage, read_done, stage_key
-from alignlab.pipeline.rewards import check_rewards
-from alignlab.pipeline.stage import Lock, Session, StageRun, default_cache
+from alignlab.models import hush_progress_bars, location, pick_device
+from alignlab.pipeline.identity import (
+    DONE,
+    StageResult,
+    Teacher,
+    finished_stage,
+    model_fingerprint,
+    read_done,
+    stage_key,
+)
+from alignlab.pipeline.rewards import build_rewards, check_rewards
+from alignlab.pipeline.stage import Lock, Session, StageRun, default_cache, learned_reward
 from alignlab.recipe import ModelSection, Recipe, Stage, load_recipe, read_mapping
+from alignlab.rollout import Reward
 from alignlab.tracking import HISTORY
 
 
@@ -71,19 +81,40 @@ def check_recipe(recipe: Recipe) -> None:
     """Says what can be known to be wrong before anything is loaded or trained.
 
     Raises:
-        UserError: an unknown task or reward, or a model beside a `start` that decides the weights.
+        UserError: an unknown task or reward, a model beside a `start` that decides the weights, a teacher that is
+            missing or has no pupil, or candidates where none are sampled.
     """
     models = {stage.name: stage.model.name for stage in recipe.stages}
     default = ModelSection()  # as good as not said
     for stage in recipe.stages:
         for task in stage.data.task:
             registry.resolve("tasks", task)
-        if stage.method.data_kind == "prompts":
+        if stage.method.data_kind == "prompts" or stage.evaluation.best_of > 1:
             check_rewards(stage)
-        if stage.start and stage.model.name not in (default.name, models.get(stage.start, default.name)):
+        _check_teacher(stage, {s.name for s in recipe.stages})
+        roles = stage.method.models()
+        if stage.evaluation.best_of > 1 and "reward_model" in roles and roles["reward_model"].trained:
+            raise UserError(f"stage {stage.name}: evaluation.best_of samples a policy, but it trains a reward model")
+        if stage.start and stage.model.name not in (default.name, models.get(stage.start) or _model_of(stage.start)):
             raise UserError(
                 f"stage {stage.name}: model.name has no effect, as start: {stage.start} decides the weights; drop one"
             )
+
+
+def _model_of(start: str) -> str:
+    """The model that a recipe file starts from; a run folder's is decided by its weights, whatever its name."""
+    return load_recipe(Path(start)).stages[-1].model.name if Path(start).is_file() else ModelSection().name
+
+
+def _check_teacher(stage: Stage, stages: Collection[str]) -> None:
+    needed = "teacher" in stage.method.models()
+    method = type(stage.algorithm).__name__.lower()
+    if needed and stage.teacher is None:
+        raise UserError(f"stage {stage.name}: {method} needs `teacher: STAGE, RECIPE, RUN or MODEL`")
+    if not needed and stage.teacher is not None:
+        raise UserError(f"stage {stage.name}: {method} has no use for a teacher; drop `teacher`")
+    if stage.teacher is not None and stage.teacher not in stages and _is_model(stage.teacher):
+        location(stage.teacher)
 
 
 def _claim(output: Path, recipe: Recipe, resume: bool) -> None:
@@ -113,7 +144,8 @@ def run_stage(
         _dependency(stage.start, "policy", session),
         _dependency(stage.reward_model, "reward_model", session),
     )
-    key, contract = stage_key(stage, seed, start, reward_stage)
+    teacher = _teacher(stage.teacher, session)
+    key, contract = stage_key(stage, seed, start, reward_stage, teacher)
     done = finished_stage(folder, key)
     if done is not None:
         _say(session, f"{stage.name}: already complete in {folder}")
@@ -123,7 +155,7 @@ def run_stage(
         done = finished_stage(folder, key)
         if done is not None:
             return done
-        run = StageRun(stage, seed, folder, session, start, reward_stage, key, contract)
+        run = StageRun(stage, seed, folder, session, start, reward_stage, key, contract, teacher)
         return run.go(resume)
 
 
@@ -140,6 +172,31 @@ def _dependency(reference: str | None, kind: str, session: Session) -> StageResu
                 return read_done(candidate)
         raise UserError(f"{path}: not a finished run with a {kind}; train it first (a model folder is named in model)")
     return cached_stage(path, kind, session)
+
+
+def _teacher(reference: str | None, session: Session) -> Teacher | None:
+    """The same for a teacher, which may also be a model as it is."""
+    if reference is None:
+        return None
+    if reference not in session.earlier and _is_model(reference):
+        return Teacher(name=reference, model=reference, key=model_fingerprint(ModelSection(name=reference)))
+    result = _dependency(reference, "policy", session)
+    assert result is not None
+    return Teacher(name=str(result.folder.resolve()), model=str(result.model), key=result.key)
+
+
+def _is_model(reference: str) -> bool:
+    """Whether a name that is no stage's is a model's: neither a recipe file nor a run folder."""
+    path = Path(reference)
+    if path.is_dir():
+        return reference == "starter" or not any((path / name).is_file() for name in (DONE, "recipe.yaml"))
+    return not path.is_file()
+
+
+def stage_rewards(stage: Stage, session: Session, template: Template) -> list[Reward]:
+    """The rewards of a stage, its reward model found or trained, for completions of a policy with this template."""
+    reward_stage = _dependency(stage.reward_model, "reward_model", session)
+    return build_rewards(stage, lambda: learned_reward(stage, reward_stage, template, session))
 
 
 def _stage_folders(run: Path) -> list[Path]:
@@ -160,7 +217,7 @@ def cached_stage(path: Path, kind: str, session: Session) -> StageResult:
         stage = following(stage, results)
         start = _dependency(stage.start, "policy", inner)
         reward_stage = _dependency(stage.reward_model, "reward_model", inner)
-        key, _ = stage_key(stage, recipe.seed, start, reward_stage)
+        key, _ = stage_key(stage, recipe.seed, start, reward_stage, _teacher(stage.teacher, inner))
         folder = session.cache / f"{recipe.name}-{key[:16]}"
         found = finished_stage(folder, key)
         if found is None:
@@ -191,4 +248,5 @@ __all__ = [
     "following",
     "run_recipe",
     "run_stage",
+    "stage_rewards",
 ]

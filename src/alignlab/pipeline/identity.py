@@ -39,6 +39,18 @@ class StageResult:
         return self.folder / self.kind
 
 
+@dataclass(frozen=True, kw_only=True)
+class Teacher:
+    """The frozen policy that a stage distils: what a stage made, or a model as it is."""
+
+    name: str
+    """What a recipe calls it: a run folder, or the model's name."""
+    model: str
+    """Where its weights are: a folder, or a hub id."""
+    key: str
+    """The key of the stage that made it, or a hash of the model's files."""
+
+
 def finished_stage(folder: Path, key: str) -> StageResult | None:
     if not (folder / DONE).is_file():
         return None
@@ -65,15 +77,17 @@ def read_done(folder: Path) -> StageResult:
 
 
 def stage_key(
-    stage: Stage, seed: int, start: StageResult | None, reward_stage: StageResult | None
+    stage: Stage, seed: int, start: StageResult | None, reward_stage: StageResult | None, teacher: Teacher | None = None
 ) -> tuple[str, dict[str, Any]]:
     """A hash of everything that decides a stage's weights, and the same as named parts (what a resume must find)."""
-    settings = _flat(stage.model_dump(mode="json", serialize_as_any=True, exclude={"name", "start", "reward_model"}))
+    dependencies = {"name", "start", "reward_model", "teacher"}
+    settings = _flat(stage.model_dump(mode="json", serialize_as_any=True, exclude=dependencies))
     settings = {k: v for k, v in settings.items() if k not in KNOWN_BY_CONTENT}
     parts = settings | {
         "seed": seed,
         "start": start.key if start else model_fingerprint(stage.model),
         "reward_model": reward_stage.key if reward_stage else None,
+        "teacher": teacher.key if teacher else None,
         "data": data_fingerprint(stage),
     }
     full = {**parts, "code": code_fingerprint()}
@@ -111,7 +125,7 @@ def data_fingerprint(stage: Stage) -> str:
 def code_fingerprint() -> str:
     """sha256 over the package's sources that can change a weight or a score, as they are when a process first asks."""
     root = Path(alignlab.__file__).parent
-    outside = {"study", "cli.py", "serving"}
+    outside = {"study", "cli.py", "serving", "export.py", "doctor"}
     return _hash_files(sorted(p for p in root.rglob("*.py") if p.relative_to(root).parts[0] not in outside))
 
 

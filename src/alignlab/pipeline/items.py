@@ -1,4 +1,4 @@
-"""The data of a stage: recipe section -> examples, pairs or prompts of a split."""
+"""The data of a stage: recipe section -> examples, pairs, labelled completions or prompts of a split."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Split = Literal["train", "validation", "test"]
 
 
 def load_items(stage: Stage, kind: Kind, split: Split) -> list[Any]:
-    """Examples, pairs or prompts of a stage's split; files and hub sets have no test split of their own."""
+    """Items of a kind from a stage's split; files and hub sets have no test split of their own."""
     return load_reported(stage, kind, split)[0]
 
 
@@ -41,7 +41,7 @@ def _data_sources(stage: Stage, kind: Kind, split: Split) -> list[DataSource]:
 
 
 def _starter_source(stage: str, task: str, kind: Kind, split: Split, limit: int | None) -> DataSource:
-    prefix = "pairs." if kind == "pairs" else ""
+    prefix = "pairs." if kind in ("pairs", "labelled") else ""
     train, held_out = (
         starter.DATA / task / f"{prefix}{s}.jsonl" for s in ("train", "validation" if split == "train" else split)
     )

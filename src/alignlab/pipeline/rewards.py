@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import inspect
+import json
 from collections.abc import Callable, Mapping
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from alignlab import registry
@@ -12,6 +14,10 @@ from alignlab.errors import UserError
 from alignlab.recipe import RewardEntry, Stage
 from alignlab.rollout import Reward
 from alignlab.tasks import get_task
+
+DOCTOR_FILE = "doctor.json"
+"""What `alignlab doctor reward` leaves beside a reward model it examined."""
+FIT, UNFIT = "fit for RL", "not fit for RL"
 
 
 def reward_entries(stage: Stage) -> list[tuple[str, RewardEntry]]:
@@ -36,32 +42,87 @@ def reward_entries(stage: Stage) -> list[tuple[str, RewardEntry]]:
     return entries
 
 
+def uses_rewards(stage: Stage) -> bool:
+    """Whether anything asks for a reward: the method, the choice among candidates, or the recipe, for the log."""
+    asked = stage.algorithm.needs_reward and stage.method.data_kind == "prompts"
+    return asked or stage.evaluation.best_of > 1 or bool(stage.reward)
+
+
 def check_rewards(stage: Stage) -> None:
     """Says what is wrong with a stage's rewards before anything is loaded or trained.
 
     Raises:
         UserError: no such reward (with the nearest name), an option it does not take, or `learned` without a model.
     """
+    if not uses_rewards(stage):
+        return
     for name, entry in reward_entries(stage):
         given: dict[str, Any] = {}
         if name == "learned":
             if stage.reward_model is None:
                 raise UserError(f"stage {stage.name}: reward `learned` needs `reward_model: RECIPE or RUN`")
-            given = {"reward_model": None, "template": None}
-        _bind(name, {**entry.options, **given})
+            given = {"reward_model": None, "template": None, "same_ids": False}
+            _force(entry)
+        _bind(name, {**_options(name, entry), **given})
 
 
 def build_rewards(stage: Stage, learned: Callable[[], Mapping[str, Any]]) -> list[Reward]:
-    """The components ready to be called.
+    """The components ready to be called; none where the stage uses none.
 
     Args:
         learned: loads what the reward `learned` needs: the reward model and its template.
     """
-    rewards = []
+    rewards: list[Reward] = []
+    if not uses_rewards(stage):
+        return rewards
     for name, entry in reward_entries(stage):
-        function = _bind(name, {**entry.options, **(learned() if name == "learned" else {})})
+        function = _bind(name, {**_options(name, entry), **(learned() if name == "learned" else {})})
         rewards.append(Reward(name=name, function=function, weight=entry.weight, tasks=entry.tasks))
     return rewards
+
+
+def require_fit(stage: Stage, folder: Path, key: str) -> str:
+    """Heeds what the doctor said about the reward model that a stage's `learned` reward scores with.
+
+    Args:
+        folder: the reward model's run; `key`: that of its training. What was said about another training is no answer.
+
+    Returns:
+        A line to print where it was never examined; else nothing.
+
+    Raises:
+        UserError: it is not fit for RL and the recipe does not say `force: true`, or what was said cannot be read.
+    """
+    path = folder / DOCTOR_FILE
+    examine = f"`alignlab doctor reward {folder}` says whether it is fit for RL"
+    if not path.is_file():
+        return f"{stage.name}: its reward model was never examined; {examine}"
+    try:
+        said = json.loads(path.read_text("utf-8"))
+        of, verdict, reasons = said["key"], said["verdict"], "; ".join(map(str, said["reasons"]))
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path}: damaged; delete it, then {examine}") from error
+    if of != key:
+        return f"{stage.name}: {path} is about another training of this reward model; {examine}"
+    forced = all(_force(entry) for name, entry in reward_entries(stage) if name == "learned")
+    if verdict == FIT or forced:
+        return ""
+    raise UserError(
+        f"stage {stage.name}: reward model {folder} is {UNFIT} ({reasons}; see {path}): train a better one, "
+        "or write `force: true` beside the weight of reward.learned"
+    )
+
+
+def _options(name: str, entry: RewardEntry) -> dict[str, Any]:
+    """What goes to the function itself: `force` is about whether `learned` may be used at all."""
+    return {key: value for key, value in entry.options.items() if (name, key) != ("learned", "force")}
+
+
+def _force(entry: RewardEntry) -> bool:
+    force = entry.options.get("force", False)
+    if not isinstance(force, bool):
+        raise UserError(f"reward.learned.force is {force!r}; it is true or false")
+    return force
 
 
 def _bind(name: str, options: Mapping[str, Any]) -> Callable[..., Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import platform
 import resource
@@ -10,6 +11,7 @@ import sys
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from importlib import metadata
 from pathlib import Path
 from typing import Any, cast
@@ -23,8 +25,10 @@ from alignlab.algorithms import Models
 from alignlab.checkpoint import find_checkpoint, load_checkpoint, save_checkpoint, seal
 from alignlab.conversation import Template
 from alignlab.data import Kind
+from alignlab.diagnosis import score_noise, summarise
 from alignlab.errors import UserError
 from alignlab.evaluation import Evaluation, check_gradable, evaluate_policy, evaluate_reward_model
+from alignlab.evaluation.perplexity import perplexity
 from alignlab.forward import rewards as score_rows
 from alignlab.generate import Sampling
 from alignlab.models import (
@@ -45,17 +49,30 @@ from alignlab.models import (
     make_reward_model,
     make_value_model,
     num_parameters,
+    recompute_activations,
     save_model,
     unwrap,
 )
 from alignlab.optim import AdamWChoice, Schedule, build_optimizers
-from alignlab.pipeline.identity import DONE, StageResult, code_fingerprint
+from alignlab.pipeline.best import METRICS, best_phase, considered, keep_best, prune_best, restore_best
+from alignlab.pipeline.identity import DONE, StageResult, Teacher, code_fingerprint
 from alignlab.pipeline.items import first_of_each_task, load_items, load_reported, pair_fits, validation_prompts
-from alignlab.pipeline.rewards import build_rewards
-from alignlab.recipe import ModelSection, Stage, dump_yaml, read_mapping
-from alignlab.rollout import Limits, Source, encode_examples, encode_pairs, fitting_prompts, sample_prompts
+from alignlab.pipeline.reference import UsesReference, fill_reference
+from alignlab.pipeline.rewards import build_rewards, require_fit
+from alignlab.recipe import BestSection, ModelSection, Stage, dump_yaml, read_mapping
+from alignlab.rewards.learned import same_tokenizer
+from alignlab.rollout import (
+    Limits,
+    Reward,
+    Source,
+    encode_examples,
+    encode_labelled,
+    encode_pairs,
+    fitting_prompts,
+    sample_prompts,
+)
 from alignlab.tracking import HISTORY, Tracker, read_jsonl, write_json
-from alignlab.train import Finished, RunError, train, trained_modules
+from alignlab.train import RunError, record, train, trained_modules
 from alignlab.types import LoopState, Pair, Row
 
 NORMALISATION_PROMPTS = 128
@@ -94,9 +111,11 @@ class StageRun:
         reward_stage: StageResult | None,
         key: str,
         contract: dict[str, Any],
+        teacher: Teacher | None = None,
     ) -> None:
         self.stage, self.seed, self.folder, self.session = stage, seed, folder, session
         self.start, self.reward_stage, self.key, self.contract = start, reward_stage, key, contract
+        self.teacher = teacher
         self.algorithm, self.roles = stage.method, stage.method.models()
         self.choice = model_choice(stage.model, str(start.model) if start else stage.model.name)
         if start:
@@ -109,8 +128,12 @@ class StageRun:
             microbatch_rows=stage.train.microbatch_rows,
             sampling_rows=stage.train.sampling_rows,
         )
+        self.num_phases = stage.train.num_phases
+        """Of this run; with `epochs` it follows from the data."""
         self._start: Any = None
         self._held_out: list[Any] = []
+        self._demonstrations: list[Row] = []
+        self._reference_seconds = 0.0
         self.kind = (
             "reward_model" if self.roles.get("reward_model") and self.roles["reward_model"].trained else "policy"
         )
@@ -132,6 +155,9 @@ class StageRun:
             quiet=self.session.quiet,
         )
         with tracker:
+            source = self._source(tracker)
+            self.num_phases = self._length(source)
+            tracker.expect(self.num_phases)
             if resume:
                 found = find_checkpoint(checkpoints)
                 for problem in found.skipped:
@@ -140,21 +166,21 @@ class StageRun:
                     raise UserError(f"{checkpoints}: no usable checkpoint is left; delete {self.folder} to start again")
                 if found.folder is not None:
                     state = load_checkpoint(found.folder, models=trained, optimizers=optimizers, contract=self.contract)
-                    tracker.say(f"{stage.name}: resumed after phase {state.phase} of {stage.train.num_phases}")
+                    tracker.say(f"{stage.name}: resumed after phase {state.phase} of {self.num_phases}")
             tracker.rewind(state.phase)
-            source = self._source(tracker)
             self._held_out = self._load_held_out()
+            self._demonstrations = self._load_demonstrations()
             self._write_record(models, started)
+            source = self._with_reference(source, models, tracker)
             if state.phase == 0:
-                self._evaluate_during(models, state, tracker)
+                state = self._evaluate_during(models, state, tracker)
             state = self._loop(models, optimizers, source, state, tracker, trained, checkpoints)
-            evaluation = self._finish(models)
-            if evaluation is not None:  # numbered one phase on, so that a resume at the end drops it and logs it anew
-                tracker.log(_evaluation_row(evaluation, state, phase=state.phase))
+            evaluation, best = self._finish(models, state, tracker)
         ledger = self._ledger(state)
+        outcome = {"diagnosis": summarise(read_jsonl(self.folder / HISTORY)), **best}
         write_json(
             self.folder / "evaluation.json",
-            {**evaluation.to_json(), "ledger": ledger} if evaluation else {"ledger": ledger},
+            {**(evaluation.to_json() if evaluation else {}), "ledger": ledger, **outcome},
         )
         write_json(
             self.folder / DONE,
@@ -164,8 +190,10 @@ class StageRun:
                 "ledger": ledger,
                 "phases": state.phase,
                 "stop_reason": state.stop_reason,
+                **outcome,
             },
         )
+        shutil.rmtree(self.folder / "best", ignore_errors=True)
         return StageResult(folder=self.folder, key=self.key, kind=self.kind, ledger=ledger)
 
     def _loop(
@@ -185,20 +213,29 @@ class StageRun:
                 checkpoints, state=state, models=trained, optimizers=optimizers, contract=self.contract,
                 keep=settings.keep_checkpoints,
             )  # fmt: skip
+            prune_best(self.folder, checkpoints)
 
-        finished: Finished | None = None
-        for finished in train(
+        loop = train(
             self.algorithm, models, optimizers, source, state,
-            num_phases=settings.num_phases, schedule=Schedule(**settings.schedule.model_dump()), tracker=tracker,
-            log_completions=settings.log_completions,
-        ):  # fmt: skip
-            last = finished.state.phase == settings.num_phases or bool(finished.state.stop_reason)
+            num_phases=self.num_phases, schedule=Schedule(**settings.schedule.model_dump()), tracker=tracker,
+            log_completions=settings.log_completions, limits=settings.diagnosis,
+        )  # fmt: skip
+        finished = next(loop, None)
+        while finished is not None:
+            state = finished.state
             every = self.stage.evaluation.every
-            if every and finished.state.phase % every == 0 and not last:
-                self._evaluate_during(models, finished.state, tracker)
-            if last or finished.state.phase % settings.save_every == 0:
-                save(finished.state)
-        return finished.state if finished else state
+            if every and state.phase % every == 0 and not self._over(state):
+                state = self._evaluate_during(models, state, tracker)
+            if self._over(state) or state.phase % settings.save_every == 0:
+                save(state)
+            try:
+                finished = loop.send(state)
+            except StopIteration:
+                finished = None
+        return state
+
+    def _over(self, state: LoopState) -> bool:
+        return state.phase == self.num_phases or bool(state.stop_reason)
 
     # ---- data --------------------------------------------------------------------------------------------------------
 
@@ -214,22 +251,52 @@ class StageRun:
             source = replace(source, examples=encode_examples(items, self.template, self.limits))
         elif kind == "pairs":
             source = replace(source, pairs=encode_pairs(items, self.template, self.limits))
+        elif kind == "labelled":
+            source = replace(source, labelled=encode_labelled(items, self.template, self.limits))
         else:
             prompts = fitting_prompts(items, self.template, self.limits)
-            source = replace(source, prompts=prompts, rewards=build_rewards(stage, self._learned))
-        dropped = len(items) - len(source.examples) - len(source.pairs) - len(source.prompts)
+            source = replace(source, prompts=prompts, rewards=self.rewards)
+        kept = (source.examples, source.pairs, source.labelled, source.prompts)
+        dropped = len(items) - sum(map(len, kept))
         if dropped:
             tracker.say(f"{stage.name}: left out {dropped} of {len(items)} {kind}: too long, or the same after cutting")
         return source
 
-    def _learned(self) -> dict[str, Any]:
-        """What the reward `learned` scores with: the stage's reward model and its own template."""
-        assert self.reward_stage is not None
-        folder = self.reward_stage.model
-        choice = replace(model_choice(self.stage.model, str(folder)), adapter=None)
-        model = load_reward_model(folder, choice, device=self.session.device)
-        template = Template.of(load_tokenizer(str(folder)), load_generation_config(str(folder)))
-        return {"reward_model": model, "template": template}
+    def _with_reference(self, source: Source, models: dict[str, Any], tracker: Tracker) -> Source:
+        """Where the method's rows are known before training, the source brings their reference logprobs along."""
+        if not isinstance(self.algorithm, UsesReference):
+            return source
+        filled = fill_reference(
+            source, self.algorithm, models["reference"],
+            seed=self.seed, num_phases=self.num_phases, cache=self.session.cache,
+            say=lambda line: tracker.say(f"{self.stage.name}: {line}"),
+        )  # fmt: skip
+        self._reference_seconds = filled.seconds
+        evaluation = self.stage.evaluation
+        if not (self._held_out and evaluation.kl_to_start and (self.start or evaluation.best)):
+            del models["reference"]  # a copy of all weights that nothing asks for any more
+        return filled.source
+
+    @cached_property
+    def rewards(self) -> list[Reward]:
+        """What training and the choice among candidates score completions with."""
+        return build_rewards(self.stage, lambda: self.learned)
+
+    @cached_property
+    def learned(self) -> dict[str, Any]:
+        """The stage's reward model and its template, loaded once."""
+        return learned_reward(self.stage, self.reward_stage, self.template, self.session)
+
+    def _length(self, source: Source) -> int:
+        """Phases of the run: as many as said, or as the asked-for passes over the data take."""
+        epochs, algorithm = self.stage.train.epochs, self.algorithm
+        if epochs is None:
+            return self.stage.train.num_phases
+        names = ("examples_per_step", "pairs_per_step", "prompts_per_phase")
+        each = next((getattr(algorithm, name) for name in names if hasattr(algorithm, name)), None)
+        if not isinstance(each, int):
+            raise UserError(f"stage {self.stage.name}: this method does not say what a phase uses; set train.num_phases")
+        return math.ceil(epochs * source.num_items / each)
 
     # ---- models ------------------------------------------------------------------------------------------------------
 
@@ -244,14 +311,51 @@ class StageRun:
         for name, role in self.roles.items():
             if name == "reference":
                 models[name] = make_reference(policy, fresh_adapter=fresh_adapter)
-            elif name == "reward_model":
+            elif name == "reward_model" and role.trained:
                 models[name] = make_reward_model(models.pop("policy"), seed=self.seed)
-            elif name == "value_model":
-                models[name] = make_value_model(policy, role.backbone)
+            elif name == "reward_model":
+                models[name] = self._reward_model_for_ids()
+            elif name == "teacher":
+                models[name] = self._load_teacher()
+        critic = self.roles.get("value_model")
+        if critic is not None:  # last, as it may grow from the reward model
+            given = models.get("reward_model")
+            models["value_model"] = make_value_model(policy, critic.backbone, given, seed=self.seed)
         for name, role in self.roles.items():
             if isinstance(models[name], nn.Module):
                 models[name].train(role.trained and self.algorithm.dropout)
+                if role.trained and self.stage.train.gradient_checkpointing:
+                    recompute_activations(models[name])
         return models
+
+    def _reward_model_for_ids(self) -> ScalarModel:
+        """The frozen reward model, once it is sure that it reads the ids that the policy writes."""
+        if self.reward_stage is None:
+            raise UserError(
+                f"stage {self.stage.name}: with these settings of its algorithm a reward model is part of training; "
+                "add reward_model: RECIPE or RUN"
+            )
+        if not self.learned["same_ids"]:
+            raise UserError(
+                f"stage {self.stage.name}: the reward model {self.reward_stage.model} has another tokenizer than the "
+                f"policy {self.choice.name!r}, whose tokens it reads as they are with these settings of the algorithm; "
+                "choose one with the same tokenizer"
+            )
+        return cast(ScalarModel, self.learned["reward_model"])
+
+    def _load_teacher(self) -> Model:
+        """The frozen teacher, once it is sure that it reads the same ids as the policy."""
+        assert self.teacher is not None
+        own, other = self.template.tokenizer, load_tokenizer(self.teacher.model)
+        same_words, same_chat = own.get_vocab() == other.get_vocab(), own.chat_template == other.chat_template
+        if not (same_words and same_chat):
+            raise UserError(
+                f"stage {self.stage.name}: teacher {self.teacher.name!r} has another "
+                f"{'chat template' if same_words else 'vocabulary'} than the policy {self.choice.name!r}; it judges "
+                "the policy's tokens one by one, so choose a teacher with the same tokenizer"
+            )
+        choice = replace(model_choice(self.stage.model, self.teacher.model), adapter=None)
+        return frozen_policy(choice, self.session.device)
 
     def _require_fit(self, policy: Model) -> None:
         """The tokenizer's ids have embeddings, and prompt and completion together fit the model's context."""
@@ -271,13 +375,31 @@ class StageRun:
 
     # ---- evaluation and result ---------------------------------------------------------------------------------------
 
-    def _evaluate_during(self, models: Models, state: LoopState, tracker: Tracker) -> None:
-        """Held-out numbers at this point of training, as a row of the log."""
+    def _evaluate_during(self, models: Models, state: LoopState, tracker: Tracker) -> LoopState:
+        """Held-out numbers at this point of training, as a row of the log; the state with what they change in it."""
         if not self.stage.evaluation.every or self.kind != "policy":
-            return
+            return state
         evaluation = self._evaluate(models)
-        if evaluation is not None:
-            tracker.log(_evaluation_row(evaluation, state, phase=max(0, state.phase - 1)))
+        if evaluation is None:
+            return state
+        state = self._recorded(evaluation, state, tracker, phase=max(0, state.phase - 1))
+        if self.stage.evaluation.best is None or state.phase == 0:  # the untrained policy is no candidate
+            return state
+        before, state = state, considered(state, evaluation.metrics, self.stage.evaluation.best)
+        if state.best != before.best:
+            keep_best(self.folder, state, models["policy"])
+        return state
+
+    def _recorded(
+        self, evaluation: Evaluation, state: LoopState, tracker: Tracker, *, phase: int, ends: bool = True
+    ) -> LoopState:
+        """Logs an evaluation as a row under the number of a phase, with what it says about the run."""
+        metrics = {f"evaluation/{name}": value for name, value in evaluation.metrics.items()}
+        error = score_noise(evaluation.scores, evaluation.tasks) if "score" in evaluation.metrics else None
+        if error is not None:
+            metrics["evaluation/score_standard_error"] = error
+        row = {"phase": phase, "phases_done": state.phase, **metrics}
+        return record(tracker, self.stage.train.diagnosis, state, row, ends=ends)
 
     def _load_held_out(self) -> list[Any]:
         """The prompts or pairs of every evaluation; read before training, so that what is wrong with them is said then.
@@ -294,9 +416,31 @@ class StageRun:
                 return [pair for pair in pairs if pair_fits(pair, self.template, self.limits)]
             prompts = validation_prompts(self.stage, count, self.template, self.limits)
             check_gradable(prompts)
+            best = self.stage.evaluation.best
+            if best is not None and best.metric == "score" and not any(prompt.task for prompt in prompts):
+                raise UserError("no task grades the data, so best.metric=score has nothing to go by; name data.task")
         except UserError as error:
             raise UserError(f"evaluation: {error}; evaluation.prompts_per_task=0 switches evaluation off") from error
         return prompts
+
+    def _load_demonstrations(self) -> list[Row]:
+        """Held-out completions whose perplexity every evaluation measures; none where it is not asked for.
+
+        Raises:
+            UserError: the data have none.
+        """
+        settings = self.stage.evaluation
+        if not settings.perplexity and (settings.best is None or settings.best.metric != "perplexity"):
+            return []
+        try:
+            examples = load_items(self.stage, "examples", "validation")
+            examples = first_of_each_task(examples, settings.prompts_per_task)
+            return encode_examples(examples, self.template, self.limits)
+        except UserError as error:
+            raise UserError(
+                f"evaluation: perplexity needs held-out demonstrations: {error}; or choose evaluation.best.metric="
+                "score and leave out evaluation.perplexity"
+            ) from error
 
     def _evaluate(self, models: Models) -> Evaluation | None:
         settings = self.stage.evaluation
@@ -309,10 +453,17 @@ class StageRun:
             greedy=settings.greedy,
             max_completion_tokens=self.limits.max_completion_tokens,
         )
-        reference = self._start_policy(models) if settings.kl_to_start and self.start else None
-        return evaluate_policy(
-            models["policy"], self._held_out, self.template, sampling, samples=settings.samples, reference=reference
+        reference = self._start_policy(models) if settings.kl_to_start and (self.start or settings.best) else None
+        found = evaluate_policy(
+            models["policy"], self._held_out, self.template, sampling, samples=settings.samples, reference=reference,
+            best_of=settings.best_of, rewards=self.rewards if settings.best_of > 1 else (),
+        )  # fmt: skip
+        if not self._demonstrations:
+            return found
+        surprise = perplexity(
+            models["policy"], self._demonstrations, pad_id=self.template.pad_id, max_rows=self.limits.microbatch_rows
         )
+        return replace(found, metrics={**found.metrics, "policy/perplexity": surprise})
 
     def _start_policy(self, models: Models) -> Any:
         """The policy this stage started from, frozen: the method's reference, or loaded once for evaluation."""
@@ -329,11 +480,27 @@ class StageRun:
         )  # fmt: skip
         return evaluate_reward_model(models["reward_model"], source, [p.prompt.task for p in self._held_out])
 
-    def _finish(self, models: Models) -> Evaluation | None:
-        """After the last phase: normalise a reward model, evaluate, and write the result."""
+    def _finish(
+        self, models: Models, state: LoopState, tracker: Tracker
+    ) -> tuple[Evaluation | None, dict[str, int | None]]:
+        """After the last phase: normalise a reward model, evaluate, choose the best policy, and write the result.
+
+        Returns:
+            The result's evaluation, and what the records say about the choice.
+        """
         if self.kind == "reward_model":
             self._normalise(models["reward_model"])
         evaluation = self._evaluate(models)
+        if evaluation is not None:  # numbered one phase on, so that a resume at the end drops it and logs it anew
+            state = self._recorded(evaluation, state, tracker, phase=state.phase, ends=False)
+        section, chosen = self.stage.evaluation.best, dict[str, int | None]()
+        if section is not None and evaluation is not None:
+            state = considered(state, evaluation.metrics, section)
+            tracker.say(f"{self.stage.name}: {_choice(state, section)}")
+            chosen = {"best_phase": best_phase(state)}
+            if chosen["best_phase"] not in (None, state.phase):
+                restore_best(self.folder, state, models["policy"])
+                evaluation = self._evaluate(models)
         target, partial_folder = self.folder / self.kind, self.folder / f".partial-{self.kind}"
         shutil.rmtree(partial_folder, ignore_errors=True)
         save_model(models[self.kind], partial_folder)
@@ -348,7 +515,7 @@ class StageRun:
         os.replace(partial_folder, target)
         if evaluation is not None and evaluation.samples:
             write_json(self.folder / "evaluation_samples.json", evaluation.samples)
-        return evaluation
+        return evaluation, chosen
 
     def _normalise(self, model: ScalarModel) -> None:
         """Shift and scale so that the starting policy's own answers score mean 0 and standard deviation 1."""
@@ -381,7 +548,8 @@ class StageRun:
             path.write_text(
                 dump_yaml({"seed": self.seed, **stage.model_dump(mode="json", serialize_as_any=True)}), "utf-8"
             )
-        packages = ("torch", "transformers", "peft", "tokenizers", "safetensors", "numpy")
+        packages = ["torch", "transformers", "peft", "tokenizers", "safetensors", "numpy"]
+        packages += ["bitsandbytes"] if self.choice.quantization else []
         write_json(
             self.folder / "provenance.json",
             {
@@ -391,9 +559,12 @@ class StageRun:
                 "seed": self.seed,
                 "start": self.contract["start"],
                 "reward_model": self.contract["reward_model"],
+                "teacher": self.contract["teacher"],
                 "data": self.contract["data"],
                 "model": {"name": self.choice.name, "parameters": num_parameters(models[self.kind]),
-                          "trained": num_parameters(models[self.kind], trained_only=True)},
+                          "trained": num_parameters(models[self.kind], trained_only=True),
+                          "dtype": str(unwrap(models[self.kind]).dtype).removeprefix("torch."),
+                          "quantization": self.choice.quantization},
                 "template": {"stop_ids": sorted(self.template.stop_ids), "bos_id": self.template.bos_id,
                              "pad_id": self.template.pad_id},
                 "versions": {"python": platform.python_version(), **{p: metadata.version(p) for p in packages}},
@@ -412,12 +583,16 @@ class StageRun:
             found |= {"start": str(self.start.folder.resolve()), "model": model}
         if self.reward_stage:
             found["reward_model"] = str(self.reward_stage.folder.resolve())
+        if self.teacher:
+            found["teacher"] = self.teacher.name
         return found
 
     def _ledger(self, state: LoopState) -> dict[str, float]:
-        """What the stage consumed; seconds are those of collecting and stepping, from the log."""
+        """What the stage consumed; seconds are those of collecting and stepping, from the log, and those that its
+        reference logprobs took when they were computed."""
         rows = read_jsonl(self.folder / HISTORY)
         seconds = sum(row.get("time/collect") or 0.0 for row in rows) + sum(row.get("time/step") or 0.0 for row in rows)
+        seconds += self._reference_seconds
         counted = ("prompts", "completions", "generated_tokens", "trained_rows", "trained_tokens")
         return {
             **{name: state.counters.get(name, 0.0) for name in counted},
@@ -428,10 +603,15 @@ class StageRun:
         }  # fmt: skip
 
 
-def _evaluation_row(evaluation: Evaluation, state: LoopState, *, phase: int) -> dict[str, Any]:
-    """An evaluation as a row of the log, under the number of a phase."""
-    metrics = {f"evaluation/{name}": value for name, value in evaluation.metrics.items()}
-    return {"phase": phase, "step": state.step, "phases_done": state.phase, **metrics}
+def _choice(state: LoopState, section: BestSection) -> str:
+    """Which policy is the result, in words."""
+    phase, limit = best_phase(state), f"{section.kl_per_token_limit:g} nats a token"
+    if phase is None:
+        return f"no evaluated policy was within {limit} of the start; the result is the last one"
+    return (
+        f"of the evaluated policies within {limit} of the start, the one after phase {phase} has the best "
+        f"{METRICS[section.metric][0]}, {state.best[section.metric]:.4g}; it is the result"
+    )
 
 
 def peak_memory(device: torch.device) -> float:
@@ -442,11 +622,31 @@ def peak_memory(device: torch.device) -> float:
     return float(peak if sys.platform == "darwin" else peak * 1024)
 
 
+def learned_reward(
+    stage: Stage, reward_stage: StageResult | None, template: Template, session: Session
+) -> dict[str, Any]:
+    """What the reward `learned` scores with: the stage's reward model and its own template.
+
+    Args:
+        template: the policy's, whose completions are scored.
+    """
+    assert reward_stage is not None
+    note = require_fit(stage, reward_stage.folder, reward_stage.key)
+    if note and not session.quiet:
+        print(note, file=sys.stderr)
+    folder = reward_stage.model
+    choice = replace(model_choice(stage.model, str(folder)), adapter=None)
+    model = load_reward_model(folder, choice, device=session.device)
+    own = Template.of(load_tokenizer(str(folder)), load_generation_config(str(folder)))
+    return {"reward_model": model, "template": own, "same_ids": same_tokenizer(template, own)}
+
+
 def model_choice(section: ModelSection, name: str) -> ModelChoice:
     """The recipe's model section as plain arguments, for its own model or for a folder that training made."""
     own = {"revision", "weights", "overrides"} if name == section.name else set()
     adapter = LoraChoice(**section.adapter.model_dump()) if section.adapter else None
-    return ModelChoice(**section.model_dump(include={"dtype", "attention", *own}), name=name, adapter=adapter)
+    plain = section.model_dump(include={"dtype", "attention", "quantization", *own})
+    return ModelChoice(**plain, name=name, adapter=adapter)
 
 
 class Lock:

@@ -131,17 +131,18 @@ def permutation_floor(num_seeds: int, paired: bool) -> float:
     return 2.0 / (2**num_seeds if paired else math.comb(2 * num_seeds, num_seeds))
 
 
-def wilson_interval(successes: int, trials: int, confidence: float = 0.95) -> tuple[float, float]:
+def wilson_interval(successes: float, trials: int, confidence: float = 0.95) -> tuple[float, float]:
     """Score interval of a proportion (Wilson 1927), in [0, 1]; never of width 0, also at 0 or all successes.
 
-    For independent yes/no outcomes only, such as decisive games: ties and several samples a prompt break it.
+    For independent outcomes: several samples a prompt break it. A tie counted as half a success varies less than a win
+    or a loss of the same mean, so with ties the interval is, if anything, too wide.
 
     Raises:
         ValueError: no trials, or successes outside 0..trials.
     """
     if trials < 1 or not 0 <= successes <= trials:
         raise ValueError(
-            f"{successes} successes of {trials} trials is no proportion: give 0 <= successes <= trials, trials >= 1"
+            f"{successes:g} successes of {trials} trials is no proportion: give 0 <= successes <= trials, trials >= 1"
         )
     z = float(stats.norm.isf(tail_probability(confidence)))
     rate = successes / trials

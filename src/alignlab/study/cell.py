@@ -23,12 +23,12 @@ from alignlab.models import (
     num_parameters,
     pick_device,
 )
-from alignlab.pipeline import Session, StageResult, cached_stage, following, run_stage
+from alignlab.pipeline import Session, StageResult, cached_stage, following, run_stage, stage_rewards
 from alignlab.pipeline.items import validation_prompts
-from alignlab.pipeline.stage import model_choice
+from alignlab.pipeline.stage import model_choice, peak_memory
 from alignlab.recipe import ModelSection, Recipe
 from alignlab.rollout import Limits
-from alignlab.study.plan import Node, Study, arm_recipe, nodes, start_recipe
+from alignlab.study.plan import Node, Study, arm_recipe, choosing_stage, nodes, start_recipe, teachers
 from alignlab.tracking import HISTORY, read_jsonl, write_json
 from alignlab.train import RunError
 
@@ -56,12 +56,26 @@ def run_node(study: Study, node: Node, folder: Path) -> None:
         return
     if node.kind == "reward_model":
         assert study.reward_model
-        trained = cached_stage(Path(study.reward_model), "reward_model", session)
-        evaluation = json.loads((trained.folder / "evaluation.json").read_text("utf-8"))
-        record = {"key": trained.key, **{k: evaluation.get(k, {}) for k in ("metrics", "intervals")}}
-        write_json(_path(folder, node), {"node": node.name, **record, "ledger": trained.ledger})
+        _write_shared(folder, node, cached_stage(Path(study.reward_model), "reward_model", session))
         return
-    _cell(study, node, folder, session, start)
+    if node.kind == "teacher":
+        _write_shared(folder, node, cached_stage(Path(teachers(study)[node.name]), "policy", session))
+        return
+    if study.arms[node.arm].train:
+        _cell(study, node, folder, session, start)
+    else:
+        _untrained_cell(study, node, folder, session, start)
+
+
+def _untrained_cell(study: Study, node: Node, folder: Path, session: Session, start: StageResult) -> None:
+    """The shared policy as it is, best of n: no training cost, and n times the cost of an answer."""
+    recipe = arm_recipe(study, node.arm, study.seeds[0])
+    found = _test(study, start_recipe(study).stages[-1].model, str(start.model), session, start, node.arm)
+    ledger = dict.fromkeys(start.ledger, 0.0) | {"peak_memory_bytes": peak_memory(session.device)}
+    shared: dict[str, Any] = {"key": start.key, "start": start.key}
+    if recipe.stages[-1].reward_model and study.reward_model:
+        shared["reward_model"] = cached_stage(Path(study.reward_model), "reward_model", session).key
+    _write(folder, node, found, ledger, shared, recipe)
 
 
 def _cell(study: Study, node: Node, folder: Path, session: Session, start: StageResult) -> None:
@@ -77,23 +91,26 @@ def _cell(study: Study, node: Node, folder: Path, session: Session, start: Stage
     last = results[-1]
     if last.kind != "policy":
         raise UserError(f"{run}: the arm ends with a {last.kind}, but a policy is compared")
-    provenance = json.loads((results[0].folder / "provenance.json").read_text("utf-8"))
+    made_from = [json.loads((r.folder / "provenance.json").read_text("utf-8")) for r in results]
+    provenance = made_from[0]
     if provenance["start"] != start.key:
         raise UserError(f"{run}: started from {provenance['start'][:12]}, not from the shared policy {start.key[:12]}")
-    found = _test(study, recipe.stages[-1].model, str(last.model), session, start)
+    found = _test(study, recipe.stages[-1].model, str(last.model), session, start, node.arm)
     ledger = {k: sum(r.ledger.get(k, 0.0) for r in results) for k in last.ledger}
     ledger["peak_memory_bytes"] = max(r.ledger["peak_memory_bytes"] for r in results)
-    shared = {"key": last.key, "start": provenance["start"], "reward_model": provenance["reward_model"]}
+    taught = [p["teacher"] for p in made_from if p["teacher"]]
+    shared = {"key": last.key, **{k: provenance[k] for k in ("start", "reward_model")}}
+    shared["teacher"] = taught[-1] if taught else None
     _write(folder, node, found, ledger, shared, recipe, curves(last.folder))
 
 
 def _test(
-    study: Study, section: ModelSection, model: str, session: Session, start: StageResult | None
+    study: Study, section: ModelSection, model: str, session: Session, start: StageResult | None, arm: str = ""
 ) -> tuple[Evaluation, int]:
     """The held-out evaluation of a model, and how many parameters it has.
 
     Prompts and length limits are those of the start recipe for every arm, whatever it was trained with; the KL is to
-    the shared starting policy.
+    the shared starting policy. How many candidates an answer has, and which reward chooses, is the arm's.
     """
     settings, stage = study.evaluation, start_recipe(study).stages[-1]
     template = Template.of(load_tokenizer(model), load_generation_config(model))
@@ -108,7 +125,11 @@ def _test(
     if start is not None and str(start.model) != model:
         reference = frozen_policy(model_choice(section, str(start.model)), session.device)
     sampling = Sampling(temperature=settings.temperature, max_completion_tokens=limits.max_completion_tokens)
-    found = evaluate_policy(policy, prompts, template, sampling, samples=settings.samples, reference=reference)
+    best_of = study.arms[arm].best_of if arm else 1
+    found = evaluate_policy(
+        policy, prompts, template, sampling, samples=settings.samples, reference=reference, best_of=best_of,
+        rewards=stage_rewards(choosing_stage(study, arm), session, template) if best_of > 1 else (),
+    )  # fmt: skip
     return found, num_parameters(policy)
 
 
@@ -127,6 +148,13 @@ def _path(folder: Path, node: Node) -> Path:
     return folder / "cells" / f"{node.name}.json"
 
 
+def _write_shared(folder: Path, node: Node, trained: StageResult) -> None:
+    """What a study says of a stage that its arms share."""
+    evaluation = json.loads((trained.folder / "evaluation.json").read_text("utf-8"))
+    record = {"key": trained.key, **{k: evaluation.get(k, {}) for k in ("metrics", "intervals")}}
+    write_json(_path(folder, node), {"node": node.name, **record, "ledger": trained.ledger})
+
+
 def _write(
     folder: Path,
     node: Node,
@@ -137,6 +165,12 @@ def _write(
     learning: dict[str, list[list[float]]] | None = None,
 ) -> None:
     evaluation, parameters = found
+    answers = len(evaluation.samples)
+    ledger = {
+        **ledger,
+        "evaluation_completions": answers * evaluation.metrics.get("inference/candidates", 1.0),
+        "evaluation_generated_tokens": answers * evaluation.metrics["inference/tokens_per_answer"],
+    }
     write_json(
         _path(folder, node),
         {

@@ -16,11 +16,13 @@ from alignlab import registry
 from alignlab.errors import UserError
 from alignlab.pipeline import check_recipe
 from alignlab.pipeline.identity import code_fingerprint
+from alignlab.pipeline.rewards import check_rewards
 from alignlab.recipe import (
     FolderName,
     Names,
     Recipe,
     Section,
+    Stage,
     _beside,
     apply_overrides,
     load_recipe,
@@ -53,6 +55,16 @@ class Arm(Section):
     """Tasks its training signal is about, where these are not all."""
     set: tuple[str, ...] = ()
     """Overrides of the recipe, key=value."""
+    best_of: int = Field(1, ge=1)
+    """Candidates of each evaluated completion: the one with the highest reward of the recipe's last stage is graded."""
+    train: bool = True
+    """false: the shared policy itself under this sampling. It has no training seed to vary, so it is run once."""
+
+    @model_validator(mode="after")
+    def _is_something(self) -> Arm:
+        if not self.train and self.best_of == 1:
+            raise ValueError("train: false without best_of is the shared policy itself, which every study shows anyway")
+        return self
 
 
 class Study(Section):
@@ -97,6 +109,9 @@ class Study(Section):
         taken = sorted({"start", "sft"} & self.arms.keys())
         if taken:
             raise ValueError(f"arms: {', '.join(taken)} is the name of a baseline; call the arm something else")
+        taken = sorted({"reward_model", "teacher"} & self.arms.keys())
+        if taken:
+            raise ValueError(f"arms: {', '.join(taken)} is the name of a shared stage; call the arm something else")
         return self
 
 
@@ -105,9 +120,10 @@ class Node:
     """One process of a study: a shared stage, a baseline's evaluation, or a cell."""
 
     name: str
-    kind: Literal["start", "sft", "reward_model", "cell"]
+    kind: Literal["start", "sft", "reward_model", "teacher", "cell"]
     arm: str = ""
     seed: int | None = None
+    """Of a cell: the training seed; None where the arm is not trained."""
     needs: tuple[str, ...] = ()
 
 
@@ -155,18 +171,62 @@ def _check_arm(study: Study, arm: str, path: Path) -> None:
     check_recipe(recipe)
     if recipe.stages[0].start != study.start:
         raise UserError(f"{path}: arm {arm} starts from {recipe.stages[0].start}, not from the shared {study.start}")
+    own = [s.name for s in recipe.stages]
     for stage in recipe.stages:
-        if stage.reward_model not in (None, study.reward_model, *(s.name for s in recipe.stages)):
+        if stage.reward_model not in (None, study.reward_model, *own):
             raise UserError(f"{path}: arm {arm} uses {stage.reward_model}, not the shared {study.reward_model}")
+    if study.arms[arm].best_of > 1:
+        check_rewards(choosing_stage(study, arm))
+    if not study.arms[arm].train and recipe.stages[-1].reward_model in own:
+        raise UserError(
+            f"{path}: arm {arm} is not trained, so there is no {recipe.stages[-1].reward_model} of its own to choose "
+            "with; name the study's reward_model in its recipe"
+        )
+
+
+def choosing_stage(study: Study, arm: str) -> Stage:
+    """The last stage of an arm, asked for as many candidates as the arm: its reward chooses among them."""
+    stage = arm_recipe(study, arm, study.seeds[0]).stages[-1]
+    sampling = stage.evaluation.model_copy(update={"best_of": study.arms[arm].best_of})
+    return stage.model_copy(update={"evaluation": sampling})
 
 
 def nodes(study: Study) -> list[Node]:
     """Everything that has to run, in an order that respects what each waits for."""
     found = [Node("start", "start"), Node("sft", "sft")]
+    judged: tuple[str, ...] = ("sft",)
     if study.reward_model:
         found.append(Node("reward_model", "reward_model", needs=("sft",)))
-    needs = {arm: ("sft", "reward_model") if _uses_reward_model(study, arm) else ("sft",) for arm in study.arms}
-    return found + [Node(f"{arm}-{seed}", "cell", arm, seed, needs[arm]) for seed in study.seeds for arm in study.arms]
+        judged = ("sft", "reward_model")
+    taught = teachers(study)
+    found += [Node(name, "teacher", needs=judged) for name in taught]
+    needs: dict[str, tuple[str, ...]] = {}
+    for name in study.arms:
+        own = arm_teachers(study, name)
+        needs[name] = judged if _uses_reward_model(study, name) else ("sft",)
+        needs[name] += tuple(node for node, path in taught.items() if path in own)
+    for seed in study.seeds:
+        for name, arm in study.arms.items():
+            if arm.train:
+                found.append(Node(f"{name}-{seed}", "cell", name, seed, needs[name]))
+            elif seed == study.seeds[0]:
+                found.append(Node(name, "cell", name, None, needs[name]))
+    return found
+
+
+def teachers(study: Study) -> dict[str, str]:
+    """Node -> recipe of every teacher that arms share; it is trained once, with the seed of its recipe."""
+    paths = dict.fromkeys(path for arm in study.arms for path in arm_teachers(study, arm))
+    return {"teacher" if i == 0 else f"teacher-{i + 1}": path for i, path in enumerate(paths)}
+
+
+def arm_teachers(study: Study, arm: str) -> list[str]:
+    """The recipes of an arm's teachers; a run folder or a model is there already."""
+    if not study.arms[arm].train:
+        return []
+    stages = arm_recipe(study, arm, study.seeds[0]).stages
+    own = {stage.name for stage in stages}
+    return [s.teacher for s in stages if s.teacher and s.teacher not in own and Path(s.teacher).is_file()]
 
 
 def _uses_reward_model(study: Study, arm: str) -> bool:
@@ -179,6 +239,7 @@ def plan_hash(study: Study) -> str:
     recipes = [start_recipe(study), *(arm_recipe(study, arm, study.seeds[0]) for arm in study.arms)]
     if study.reward_model:
         recipes.append(load_recipe(Path(study.reward_model), debug=study.debug))
+    recipes += [load_recipe(Path(path), debug=study.debug) for path in teachers(study).values()]
     parts: dict[str, Any] = {
         "study": study.model_dump(mode="json", exclude={"workers"}),
         "recipes": [recipe.model_dump(mode="json", serialize_as_any=True) for recipe in recipes],

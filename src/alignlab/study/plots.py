@@ -1,4 +1,4 @@
-"""The report's two plots as SVG text that needs no library to be looked at: numbers -> marks and labels -> `<svg>`.
+"""The report's two plots: numbers -> marks and labels -> SVG text.
 
 Colours, type sizes and the dark theme belong to the page: marks carry class names only, an arm its `tone` (`k0`, `k1`).
 Every text that is passed in is escaped here.
@@ -6,13 +6,14 @@ Every text that is passed in is escaped here.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from markupsafe import Markup
 from scipy.optimize import isotonic_regression
+
+from alignlab.svg import drawing, element, nice_ticks, path, tick_text
 
 LABEL_GAP = 13.0
 """Smallest distance between the baselines of two labels (px)."""
@@ -44,34 +45,6 @@ class Curve:
     x: tuple[float, ...]
     mean: tuple[float, ...]
     error: tuple[float, ...]
-
-
-def element(name: str, *children: str, **attributes: object) -> Markup:
-    """One SVG element; children that are not `Markup` and all attribute values are escaped, `class_` means class."""
-    pairs = ((key.rstrip("_").replace("_", "-"), value) for key, value in attributes.items())
-    shown = Markup("").join(
-        Markup(' {}="{}"').format(key, f"{value:.1f}" if isinstance(value, float) else value) for key, value in pairs
-    )
-    return Markup("<{}{}>{}</{}>").format(name, shown, Markup("").join(children), name)
-
-
-def nice_ticks(low: float, high: float, most: int = 6, slack: float = 0.0) -> list[float]:
-    """Multiples of 1, 2 or 5 times a power of ten that span `low` to `high` in about `most` steps.
-
-    `slack` is the share of a step by which the data may reach beyond the outer ticks: no tick at -2 for a band at -0.1.
-    """
-    span, slack = (high - low, slack) if high > low else (abs(high) or 1.0, 0.0)
-    power = 10.0 ** math.floor(math.log10(span / most))
-    step = next(unit * power for unit in (1, 2, 5, 10, 20) if span / (unit * power) <= most)
-    first, last = math.floor(low / step + slack + 1e-9), math.ceil(high / step - slack - 1e-9)
-    return [index * step for index in range(first, max(last, first + 1) + 1)]
-
-
-def tick_text(value: float, step: float, *, signed: bool = False) -> str:
-    """A tick with as many decimals as its axis's step needs, a true minus sign, and a plain 0."""
-    decimals = max(0, -math.floor(math.log10(step) + 1e-9))
-    text = f"{value:+.{decimals}f}" if signed and round(value, decimals) else f"{value + 0.0:.{decimals}f}"
-    return text.replace("-", "−")
 
 
 def spread_labels(wanted: Sequence[float], *, gap: float, low: float, high: float) -> list[float]:
@@ -139,7 +112,7 @@ def gain_plot(groups: Sequence[tuple[str, Sequence[Gain]]], *, width: int, title
         )
     ]
     label = element("text", _clip(axis, 48), x=right, y=bottom + 36, class_="axis", text_anchor="end")
-    return _svg(width, bottom + 42, title, [*grid, *marks, label])
+    return drawing(width, bottom + 42, title, [*grid, *marks, label])
 
 
 def curve_plot(title: str, curves: Sequence[Curve], *, axis: str, width: int = 390, height: int = 218) -> Markup:
@@ -176,9 +149,9 @@ def curve_plot(title: str, curves: Sequence[Curve], *, axis: str, width: int = 3
         if any(curve.error):
             outline = [(x, down(mean + error)) for x, mean, error in points]
             outline += [(x, down(mean - error)) for x, mean, error in reversed(points)]
-            marks.append(element("polygon", points=_path(outline), class_=f"band {curve.tone}"))
+            marks.append(element("polygon", points=path(outline), class_=f"band {curve.tone}"))
         line = [(x, down(mean)) for x, mean, _ in points]
-        marks.append(element("polyline", points=_path(line), class_=f"curve {curve.tone}"))
+        marks.append(element("polyline", points=path(line), class_=f"curve {curve.tone}"))
         marks.append(element("circle", cx=line[-1][0], cy=line[-1][1], r=2.6, class_=f"disc {curve.tone}"))
     ends = [down(curve.mean[-1]) for curve in curves]
     placed = spread_labels(ends, gap=LABEL_GAP, low=top - 6, high=base + 2)
@@ -187,7 +160,7 @@ def curve_plot(title: str, curves: Sequence[Curve], *, axis: str, width: int = 3
         if abs(y - end_y) > 3:
             marks.append(element("line", x1=x + 4, x2=x + 9, y1=end_y, y2=y, class_=f"leader {curve.tone}"))
         marks.append(element("text", _clip(curve.label), x=x + 11, y=y + 4, class_=f"end {curve.tone}"))
-    return _svg(width, height, f"{title}: {_ends_in_words(curves)}", marks)
+    return drawing(width, height, f"{title}: {_ends_in_words(curves)}", marks)
 
 
 def _gain_ticks(rows: Sequence[Gain], most: int) -> list[float]:
@@ -208,7 +181,7 @@ def _gain_marks(row: Gain, across: Callable[[float], float], y: float, low: floa
             if beyond:  # an interval that leaves the axis ends in an arrow head
                 x = across(value)
                 tip = [(x + sign * 6, y - 5), (x - sign * 2, y), (x + sign * 6, y + 5)]
-                yield element("polyline", points=_path(tip), class_=f"curve {row.tone}")
+                yield element("polyline", points=path(tip), class_=f"curve {row.tone}")
     yield element("circle", cx=across(row.mean), cy=y, r=5.5, class_=f"disc {row.tone}")
     for seed in row.seeds:
         yield element("circle", cx=across(seed), cy=y + 10, r=2.2, class_="seed")
@@ -220,11 +193,3 @@ def _ends_in_words(curves: Sequence[Curve]) -> str:
 
 def _clip(label: str, most: int = 18) -> str:
     return label if len(label) <= most else label[: most - 1] + "…"
-
-
-def _path(points: Sequence[tuple[float, float]]) -> str:
-    return " ".join(f"{x:.1f},{y:.1f}" for x, y in points)
-
-
-def _svg(width: float, height: float, title: str, marks: Sequence[Markup]) -> Markup:
-    return element("svg", *marks, viewBox=f"0 0 {width:.0f} {height:.0f}", role="img", aria_label=title)

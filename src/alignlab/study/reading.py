@@ -23,13 +23,14 @@ PERCENT = f"{SPACE}%"
 
 @dataclass(frozen=True, kw_only=True)
 class Arm:
-    """A method or a baseline with its finished and its failed runs."""
+    """A method or a baseline with its finished and its failed runs; a method that is not trained has one, no seed."""
 
     name: str
     label: str
     is_baseline: bool
     tone: str
     planned: int
+    trained: bool = True
     finished: tuple[Mapping[str, Any], ...]
     failed: tuple[Mapping[str, Any], ...]
 
@@ -52,6 +53,11 @@ class Arm:
     def length(self) -> float | None:
         """Mean length of its held-out completions (tokens)."""
         return next((mean for metric in LENGTH if (mean := self.mean(metric)) is not None), None)
+
+    @property
+    def sampled(self) -> float | None:
+        """Tokens generated for one answer, where it was chosen among several candidates."""
+        return self.mean("inference/tokens_per_answer") if self.values("inference/candidates") else None
 
     @property
     def kl(self) -> float | None:
@@ -110,7 +116,8 @@ class StudyResults:
                     label=str(arm.get("label") or arm["name"]),
                     is_baseline=is_baseline,
                     tone="k0" if is_baseline else f"k{1 + (num_methods - 1) % NUM_TONES}",
-                    planned=1 if is_baseline else len(self.plan["seeds"]),
+                    planned=1 if is_baseline else arm.get("planned", len(self.plan["seeds"])),
+                    trained=not is_baseline and arm.get("trained", True),
                     finished=tuple(run for run in arm["runs"] if run["status"] == "finished"),
                     failed=tuple(run for run in arm["runs"] if run["status"] != "finished"),
                 )

@@ -62,6 +62,7 @@ LEDGER = {
     "generated_tokens": "generated tokens",
     "trained_tokens": "trained tokens",
     "optimizer_steps": "optimizer steps",
+    "evaluation_generated_tokens": "evaluation tokens",
     "seconds": "seconds",
     "peak_memory_bytes": "peak GB",
 }
@@ -91,6 +92,7 @@ def terminal_table(results: Mapping[str, Any]) -> Table:
             table.add_column(Text(title), justify="right", no_wrap=True)
     for row in _arm_rows(study):
         cells = {**row, **row["cost"], "gain": row["gain"].replace(" [", "\n[")}
+        cells["length"] = row["length"].replace(" (", "\n(").replace(" sampled", "")
         cells |= {"arm": f"{row['label']}\n{row['runs']}".strip(), "score": f"{row['score']}\n{row['spread']}".strip()}
         table.add_row(*(Text(cells[name]) for name in titles))
     return table
@@ -240,10 +242,17 @@ def _arm_row(study: StudyResults, arm: Arm) -> dict[str, Any]:
         "gain": NONE if row is None else gain(row),
         "verdict": "mixed" if mixed else row["verdict"] if row else NONE,
         "verdict_tone": "bad" if mixed else WORDS[row["verdict"]][1] if row else "",
-        "length": NONE if arm.length is None else f"{arm.length:.1f}",
+        "length": _length(arm),
         "kl": NONE if arm.kl is None else decimal(arm.kl),
         "cost": {key: _cost(study, arm, key) for key in LEDGER},
     }
+
+
+def _length(arm: Arm) -> str:
+    """Mean length, and what was sampled for it where candidates were chosen from."""
+    if arm.length is None:
+        return NONE
+    return f"{arm.length:.1f}" + (f" ({count(arm.sampled)} sampled)" if arm.sampled else "")
 
 
 def _cost(study: StudyResults, arm: Arm, key: str) -> str:

@@ -19,19 +19,23 @@ import numpy as np
 import alignlab
 from alignlab.pipeline.items import load_items
 from alignlab.pipeline.rewards import reward_entries
+from alignlab.recipe import Recipe, Stage, load_recipe
 from alignlab.statistics.effects import effect
 from alignlab.statistics.inference import (
     EQUIVALENCE_CONFIDENCE,
+    ONE_RUN,
     crossed_interval,
     prompt_interval,
     seeds_all_above,
     verdict,
 )
-from alignlab.study.plan import Study, arm_recipe, start_recipe
+from alignlab.study.plan import Study, arm_recipe, arm_teachers, choosing_stage, start_recipe, teachers
 
-LABELS = {"start": "untrained model", "sft": "SFT", "dpo": "DPO", "ppo": "PPO", "grpo": "GRPO"}
+LABELS = {"start": "untrained model", "sft": "SFT", "dpo": "DPO", "ppo": "PPO", "grpo": "GRPO",
+          "rejection": "rejection sampling", "distill": "distillation"}  # fmt: skip
 GRADERS = {"reasoning": "exact", "gsm8k": "exact", "code": "code"}
 """Task -> the reward that is its grader."""
+NOT_TRAINED = "not trained: no training seed varies, and the interval is over prompts and their samples"
 SAMPLE_PROMPTS = 8
 """Prompts of each task whose completions the report shows."""
 
@@ -39,15 +43,20 @@ SAMPLE_PROMPTS = 8
 def collect_results(study: Study, folder: Path, failed: Mapping[str, str], wall_seconds: float) -> dict[str, Any]:
     """Reads the cells of a study and computes everything its report says."""
     sft, reward_model = (_read(folder / "cells" / f"{name}.json") for name in ("sft", "reward_model"))
-    arms = [
+    arms: list[dict[str, Any]] = [
         {"name": name, "label": _label(study, name), "kind": "baseline", "runs": [_run(folder, name, None, failed)]}
         for name in ("start", "sft")
     ]
-    shared = {"start": sft.get("key"), "reward_model": reward_model.get("key")}
-    for name in study.arms:
-        runs = [_only_shared(_run(folder, f"{name}-{seed}", seed, failed), shared) for seed in study.seeds]
-        arms.append({"name": name, "label": _label(study, name), "kind": "arm", "runs": runs})
-    notes = [f"{name}: {error}" for name, error in failed.items()]
+    taught = {node: _read(folder / "cells" / f"{node}.json") for node in teachers(study)}
+    for name, arm in study.arms.items():
+        shared = {"start": sft.get("key"), "reward_model": reward_model.get("key")}
+        if paths := arm_teachers(study, name):
+            shared["teacher"] = next(taught[node].get("key") for node, p in teachers(study).items() if p == paths[-1])
+        cells = {f"{name}-{seed}": seed for seed in study.seeds} if arm.train else {name: None}
+        runs = [_only_shared(_run(folder, node, seed, failed), shared) for node, seed in cells.items()]
+        facts = {"trained": arm.train, "best_of": arm.best_of, "planned": len(cells)}
+        arms.append({"name": name, "label": _label(study, name), "kind": "arm", **facts, "runs": runs})
+    notes = [f"{name}: {error}" for name, error in failed.items()] + _choice_notes(study)
     if study.debug:
         notes.insert(0, "a --debug study: two phases of every stage and two prompts a task, so its numbers say nothing")
     prompts = _prompts(study)
@@ -70,6 +79,7 @@ def collect_results(study: Study, folder: Path, failed: Mapping[str, str], wall_
             **({"reward_model": {"hash": reward_model.get("key"), "ledger": reward_model.get("ledger", {}),
                                  "metrics": reward_model.get("metrics", {}),
                                  "intervals": reward_model.get("intervals", {})}} if study.reward_model else {}),
+            **{node: {"hash": found.get("key"), "ledger": found.get("ledger", {})} for node, found in taught.items()},
         },
         "arms": arms,
         "comparisons": comparisons(study, arms),
@@ -96,7 +106,7 @@ def _run(folder: Path, node: str, seed: int | None, failed: Mapping[str, str]) -
         "status": "finished",
         "error": None,
         "folder": f"cells/{node}",
-        "hashes": {k: found.get(k) for k in ("key", "start", "reward_model") if found.get(k)},
+        "hashes": {k: found.get(k) for k in ("key", "start", "reward_model", "teacher") if found.get(k)},
         "scores": {"score": found["scores"]},
         "tasks": found["tasks"],
         "metrics": found["metrics"],
@@ -155,15 +165,57 @@ def _num_parameters(arms: Sequence[Mapping[str, Any]]) -> int | None:
 
 
 def trained_on(study: Study) -> dict[str, list[str]]:
-    """Task -> arms whose training reward contains the very function that grades the task."""
+    """Task -> arms whose reward contains the very function that grades the task: that which they, or the teacher they
+    copy, were trained on, or that which chooses among their candidates."""
     found: dict[str, list[str]] = {}
-    for arm in study.arms:
-        online = [s for s in arm_recipe(study, arm, study.seeds[0]).stages if s.method.data_kind == "prompts"]
+    for arm, entry in study.arms.items():
+        trained = rewarded_stages(arm_recipe(study, arm, study.seeds[0]), study.debug) if entry.train else []
         for task in study.tasks:
-            entries = [e for s in online for name, e in reward_entries(s) if name == GRADERS.get(task)]
-            if any(entry.weight and (not entry.tasks or task in entry.tasks) for entry in entries):
+            if _graded_by(trained, task) or task in graded_choice(study, arm):
                 found.setdefault(task, []).append(arm)
     return found
+
+
+def rewarded_stages(recipe: Recipe, debug: bool) -> list[Stage]:
+    """The stages of a recipe, and of the recipes of its teachers, that learned from a reward."""
+    found = [s for s in recipe.stages if s.method.data_kind == "prompts" and s.algorithm.needs_reward]
+    own = {stage.name for stage in recipe.stages}
+    for teacher in (s.teacher for s in recipe.stages):
+        if teacher and teacher not in own and Path(teacher).is_file():
+            found += rewarded_stages(load_recipe(Path(teacher), debug=debug), debug)
+    return found
+
+
+def graded_choice(study: Study, arm: str) -> list[str]:
+    """The tasks on which the reward that chooses among an arm's candidates contains the task's grader."""
+    if study.arms[arm].best_of == 1:
+        return []
+    return [task for task in study.tasks if _graded_by([choosing_stage(study, arm)], task)]
+
+
+def _graded_by(stages: Sequence[Stage], task: str) -> bool:
+    entries = [e for s in stages for name, e in reward_entries(s) if name == GRADERS.get(task)]
+    return any(entry.weight and (not entry.tasks or task in entry.tasks) for entry in entries)
+
+
+def _choice_notes(study: Study) -> list[str]:
+    """What a reader must know of arms that choose among candidates."""
+    notes = []
+    for name, arm in study.arms.items():
+        if arm.best_of == 1:
+            continue
+        policy = "the arm's policy" if arm.train else "the shared policy, not trained"
+        note = (
+            f"{_label(study, name)}: {policy}, the best of {arm.best_of} samples by its recipe's reward. An answer "
+            f"costs {arm.best_of} times the tokens, which the ledger's training columns do not show."
+        )
+        if graded := graded_choice(study, name):
+            note += (
+                f" On {', '.join(graded)} that reward is the grader itself: the score there is pass@{arm.best_of}, for "
+                "which the right answer must be known."
+            )
+        notes.append(note)
+    return notes
 
 
 # ---- comparisons -----------------------------------------------------------------------------------------------------
@@ -189,20 +241,24 @@ def comparisons(study: Study, arms: Sequence[Mapping[str, Any]]) -> list[dict[st
 def compare(
     study: Study, arm: Mapping[str, Any], against: Mapping[str, Any], task: str | None
 ) -> dict[str, Any] | None:
-    """One comparison of per-prompt scores, paired by seed where both have several runs; None if a side has no run."""
+    """One comparison of per-prompt scores, paired by seed where both have several runs; None if a side has no run.
+
+    An arm that is not trained has one run and no seed: its difference to a trained arm varies with that one's seeds
+    alone, and its difference to the shared policy, whose samples it chooses among, with none.
+    """
     ours, theirs = finished(arm), finished(against)
     if not ours or not theirs:
         return None
-    single = len(theirs) == 1 and theirs[0]["seed"] is None
-    seeds = (
-        [r["seed"] for r in ours] if single else [r["seed"] for r in ours if r["seed"] in {t["seed"] for t in theirs}]
-    )
+    single = _is_single(ours) or _is_single(theirs)
+    seeds = _common_seeds(ours, theirs)
     if not seeds:
         return None
     prompts = sorted(p for p, t in theirs[0]["tasks"].items() if task is None or t == task)
-    mine = score_matrix([r for r in ours if r["seed"] in seeds], prompts)
-    other = score_matrix(theirs if single else [r for r in theirs if r["seed"] in seeds], prompts)
-    differences = mine - other
+    mine, other = (
+        score_matrix(runs if _is_single(runs) else [r for r in runs if r["seed"] in seeds], prompts)
+        for runs in (ours, theirs)
+    )
+    differences = mine - other  # a single run stands against every seed of the other side
     one_run = differences.shape[0] == 1
     interval = prompt_interval(differences[0]) if one_run else crossed_interval(differences)
     narrow = (
@@ -224,12 +280,29 @@ def compare(
         "every_seed_above": bool(seeds_all_above(differences)),
         "per_seed": {str(s): float(d) for s, d in zip(seeds, differences.mean(1), strict=True)},
         "primary": task is None,
-        "note": interval.note,
+        "note": interval.note.replace(ONE_RUN, NOT_TRAINED) if _untrained(arm, against) else interval.note,
     }
     if not single:
         size = effect(mine.mean(1), other.mean(1))
         found["effect"] = {"d": size.d, "g": size.g, "low": size.low, "high": size.high, "note": size.note}
     return found
+
+
+def _is_single(runs: Sequence[Mapping[str, Any]]) -> bool:
+    return len(runs) == 1 and runs[0]["seed"] is None
+
+
+def _common_seeds(ours: Sequence[Mapping[str, Any]], theirs: Sequence[Mapping[str, Any]]) -> list[int | None]:
+    """The seeds of the rows of a comparison, in our order; [None] between two single runs."""
+    if _is_single(ours):
+        return [r["seed"] for r in theirs]
+    return [r["seed"] for r in ours if _is_single(theirs) or r["seed"] in {t["seed"] for t in theirs}]
+
+
+def _untrained(arm: Mapping[str, Any], against: Mapping[str, Any]) -> bool:
+    """Whether nothing but the shared policy stands on either side, at least once with another sampling."""
+    sides = [side.get("trained", side["name"] != "sft") for side in (arm, against)]
+    return not any(sides) and "arm" in (arm["kind"], against["kind"])
 
 
 def finished(arm: Mapping[str, Any]) -> list[Mapping[str, Any]]:

@@ -22,10 +22,14 @@ def run_study(study: Study, folder: Path, console: Console) -> dict[str, str]:
     Returns:
         Node -> one line, for those that failed.
     """
-    cells = len(study.arms) * len(study.seeds)
+    jobs = nodes(study)
+    runs = sum(job.kind == "cell" for job in jobs)
+    planned = f"{len(study.arms)} methods x {len(study.seeds)} seeds = {runs} runs"
+    if not all(arm.train for arm in study.arms.values()):
+        planned = f"{len(study.arms)} methods, {len(study.seeds)} seeds of each that is trained: {runs} runs"
     console.print(
-        f"[bold]{escape(study.name)}[/bold]: {len(study.arms)} methods x {len(study.seeds)} seeds = {cells} runs, "
-        f"{len(nodes(study))} jobs, {study.workers} at a time -> {escape(str(folder))}",
+        f"[bold]{escape(study.name)}[/bold]: {planned}, {len(jobs)} jobs, {study.workers} at a time "
+        f"-> {escape(str(folder))}",
         highlight=False,
         soft_wrap=True,
     )

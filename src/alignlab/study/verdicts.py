@@ -59,7 +59,8 @@ def headline(results: Mapping[str, Any]) -> str:
     better = [arm for arm in study.ranked if study.verdict(arm, study.reference) == "better"]
     overall = " overall" if any(study.is_mixed(arm) for arm in better) else ""
     first = f"{_labels(better)} {_verb(better, 'beats', 'beat')}" if better else "No method is shown to beat"
-    scope = "One seed only: " if all(len(arm.finished) == 1 for arm in study.ranked) else ""
+    trained = [arm for arm in study.ranked if arm.trained]
+    scope = "One seed only: " if trained and all(len(arm.finished) == 1 for arm in trained) else ""
     clauses = (f"{first} {study.reference.label}{overall}", _qualification(study, better))
     return scope + "; ".join(filter(None, clauses))
 
