@@ -5,12 +5,10 @@ from __future__ import annotations
 
 import json
 import socket
-from collections.abc import Iterator, Mapping
-from dataclasses import replace
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, ClassVar
 
-import numpy as np
 import pytest
 import torch
 import transformers
@@ -24,12 +22,12 @@ from alignlab.errors import UserError
 from alignlab.explain import Explained, explain, explain_stage, render
 from alignlab.explain.facts import facts_of
 from alignlab.explain.loss import GLOSSARY, free_names
-from alignlab.forward import rewards, score, score_and_divergence, values
 from alignlab.optim import Schedule
 from alignlab.recipe import DataSection, Stage, TrainSection, algorithm_class, load_recipe, read_mapping
 from alignlab.rollout import Reward
-from alignlab.types import Batch, LoopState, Step
-from tests.algorithms.test_microbatches import CASES, digit_scores, first_step, of_pairs
+from alignlab.types import LoopState, Step
+from tests.algorithms.formula import arrays, evaluate, numpy_functions, step_inputs
+from tests.algorithms.test_microbatches import CASES, digit_scores, first_step
 from tests.algorithms.world import MAX_TOKENS, Run, collect, loss_and_gradient, start_run
 from tests.runs import RECIPES, ROOT, alignlab, debug_run, strict_json, write_rows
 from tests.tolerances import FLOAT64
@@ -74,78 +72,10 @@ def printed_formula(text: str) -> tuple[str, ...]:
 # ---- the printed formula is the executed loss ------------------------------------------------------------------------
 
 
-def evaluated(formula: tuple[str, ...], inputs: Mapping[str, Any]) -> float:
-    """The loss that the lines say, by NumPy."""
-    mask = inputs.get("mask", np.zeros((1, 1)))
-    functions = {
-        "sum": np.sum, "exp": np.exp, "log": np.log, "abs": np.abs, "sqrt": np.sqrt, "clip": np.clip,
-        "maximum": np.maximum, "minimum": np.minimum, "where": np.where,
-        "stop_gradient": lambda x: x,
-        "sigmoid": lambda x: 1 / (1 + np.exp(-x)),
-        "log_sigmoid": lambda x: -np.logaddexp(0, -x),
-        "log1mexp": lambda x: np.log(-np.expm1(x)),
-        "row_mean": lambda x: (x * mask).sum(-1, keepdims=True) / mask.sum(-1, keepdims=True),
-    }  # fmt: skip
-    names: dict[str, Any] = {}
-    for line in formula:
-        exec(line, {"__builtins__": {}, **functions, **inputs}, names)
-        inputs = {**inputs, **names}
-    return float(names["loss"])
-
-
-@torch.no_grad()
-def inputs_of(run: Run, step: Step) -> dict[str, Any]:
-    """Every input of the formulas for a step: what the models say about its batches, and the batches' own tensors."""
-    per_batch = [_inputs(run, batch) for batch in step.microbatches]
-    width = max(len(b.input_ids[0]) for b in step.microbatches)
-
-    def joined(name: str) -> np.ndarray:
-        parts = [np.asarray(found[name], dtype=np.float64) for found in per_batch]
-        wide = [np.pad(p, ((0, 0), (0, width - p.shape[1]))) if p.ndim == 2 else p for p in parts]
-        return np.concatenate(wide)
-
-    found = {name: joined(name) for name in per_batch[0]}
-    rows = sum(len(batch) for batch in step.microbatches)
-    return found | {
-        "labels": found["labels"] > 0.5 if "labels" in found else None,
-        "rows": rows, "pairs": rows / 2, "max_completion_tokens": run.source.sampling.max_completion_tokens,
-        "completion_tokens": found["mask"].sum(), "prompt_tokens": found["prompt_mask"].sum(),
-        "kl_coef": run.state.algorithm.get("kl_coef"),
-    }  # fmt: skip
-
-
-def _inputs(run: Run, batch: Batch) -> dict[str, Any]:
-    found: dict[str, Any] = {"mask": batch.completion_mask}
-    prompt = batch.attention_mask & ~batch.completion_mask
-    prompt[:, 0] = False
-    found["prompt_mask"] = prompt
-    temperature = getattr(run.algorithm, "temperature", 1.0) if run.algorithm.name != "rejection" else 1.0
-    if "policy" in run.models:
-        everything = replace(batch, completion_mask=batch.attention_mask)
-        scores = score(run.models["policy"], everything, temperature=temperature, entropy=True)
-        found |= {"logprobs": scores.logprobs, "entropy": scores.entropy}
-    if "value_model" in run.models:
-        found["values"] = values(run.models["value_model"], batch)
-    if getattr(run.algorithm, "objective", "") == "full":
-        models = run.models["policy"], run.models["teacher"]
-        found["reverse_kl"] = score_and_divergence(*models, batch, temperature=temperature)[1]
-    named = ("old_logprobs", "reference_logprobs", "advantages", "old_values", "returns", "labels", "reference_point")
-    found |= {name: getattr(batch, name) for name in named if getattr(batch, name) is not None}
-    if batch.margin is not None:
-        found["margin"] = batch.margin.chunk(2)[0]
-    if "reward_model" in run.models and "policy" not in run.models:
-        found["chosen"], found["rejected"] = rewards(run.models["reward_model"], batch).chunk(2)
-        return found
-    of_rows = {"completion": found["logprobs"], "reference_completion": found.get("reference_logprobs")}
-    totals = {k: (v * batch.completion_mask).sum(-1) for k, v in of_rows.items() if v is not None}
-    found |= totals
-    if of_pairs(run.algorithm):
-        pairs = {"": totals["completion"], "reference_": totals.get("reference_completion")}
-        for prefix, total in pairs.items():
-            if total is not None:
-                found[f"{prefix}chosen"], found[f"{prefix}rejected"] = total.chunk(2)
-        found["chosen_tokens"], found["rejected_tokens"] = batch.completion_mask.sum(-1).chunk(2)
-    return found
+def evaluated(formula: tuple[str, ...], run: Run, step: Step) -> float:
+    """The loss that the lines say, over arrays from raw forward passes."""
+    inputs = arrays(step_inputs(run, step))
+    return float(evaluate(formula, inputs, numpy_functions(inputs["mask"])))
 
 
 def check_printed_formula(algorithm: Any, width: int = 60) -> None:
@@ -153,7 +83,7 @@ def check_printed_formula(algorithm: Any, width: int = 60) -> None:
     executed, _ = loss_and_gradient(run, step)
     formula = printed_formula(printed(stage_of(algorithm), width))
     assert formula == algorithm.formula()
-    assert_close(evaluated(formula, inputs_of(run, step)), executed, **FLOAT64)
+    assert_close(evaluated(formula, run, step), executed, **FLOAT64)
 
 
 @pytest.mark.parametrize("algorithm", CASES.values(), ids=CASES.keys())
@@ -240,9 +170,9 @@ def test_a_wrong_formula_is_noticed(text: str, other: str) -> None:
     formula = printed_formula(printed(stage_of(algorithm)))
     assert text in " ".join(formula)
     wrong = tuple(line.replace(text, other) for line in formula)
-    executed, inputs = loss_and_gradient(run, step)[0], inputs_of(run, step)
-    assert_close(evaluated(formula, inputs), executed, **FLOAT64)
-    assert abs(evaluated(wrong, inputs) - executed) > 1e-6
+    executed = loss_and_gradient(run, step)[0]
+    assert_close(evaluated(formula, run, step), executed, **FLOAT64)
+    assert abs(evaluated(wrong, run, step) - executed) > 1e-6
 
 
 @pytest.mark.parametrize("name", METHODS)

@@ -138,6 +138,35 @@ def test_the_reference_of_a_stage_is_the_policy_it_starts_from(recipe: Path, mon
     assert weights(recipe.parent / "run/sft/policy") != weights(recipe.parent / "run/dpo/policy")
 
 
+LABELLED = [
+    {"prompt": f"{a} + {b}", "completion": str(a + b) if b % 2 else "many", "label": bool(b % 2), "answer": str(a + b)}
+    for a in range(5)
+    for b in range(4)
+]
+
+
+def test_kto_learns_from_verdicts_in_a_file(tmp_path: Path, model: Path) -> None:
+    """The usual unpaired format; evaluation asks the same prompts; a label that is none is one line with its row."""
+    path = tmp_path / "kto.yaml"
+    path.write_text(
+        f"model: {model}\n"
+        "data: {path: verdicts.jsonl, task: reasoning, max_completion_tokens: 8}\n"
+        "algorithm: {name: kto, examples_per_step: 8, learning_rate: 1e-3}\n"
+        "train: {num_phases: 2}\nevaluation: {prompts_per_task: 2}\n",
+        "utf-8",
+    )
+    write_rows(tmp_path / "verdicts.jsonl", LABELLED)
+    result = alignlab("train", path, "--output", tmp_path / "run")
+    assert result.code == 0, result.err
+    first, second = [row for row in rows(tmp_path / "run" / "log_history.jsonl") if "phases_done" not in row]
+    assert first["loss/total"] == pytest.approx(0.5, abs=1e-5) != second["loss/total"]
+    assert 0 < first["kto/desirable_fraction"] < 1 and record(tmp_path / "run", "evaluation")["metrics"]
+    write_rows(tmp_path / "verdicts.jsonl", [*LABELLED, {**LABELLED[0], "label": "maybe"}])
+    refused = alignlab("train", path, "--output", tmp_path / "other")
+    assert refused.code == 2 and len(refused.errors) == 1
+    assert "verdicts.jsonl, row 21: column 'label' holds 'maybe'" in refused.errors[0]
+
+
 def stamps(folder: Path) -> dict[str, int]:
     return {str(p): p.stat().st_mtime_ns for p in folder.rglob("*") if p.is_file()}
 

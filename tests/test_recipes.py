@@ -27,7 +27,7 @@ SINGLE = ("sft", "reward_model", "dpo", "simpo", "orpo", "kto", "online_dpo", "p
 ONLINE = ("online_dpo", "ppo", "grpo", "rejection", "distill")
 REAL = ("grpo_gsm8k", "reward_model_hh", "dpo_hh", "sft_mts")
 PIPELINE = {"sft": "policy", "reward_model": "reward_model", "grpo": "policy"}
-FRAGMENTS = {"starter/base.yaml", "starter/online.yaml"}
+FRAGMENTS = {f"{p.parent.name}/{p.name}" for p in RECIPES.rglob("*.yaml") if p.name in ("base.yaml", "online.yaml")}
 """What several recipes extend; no recipes by themselves."""
 FILES = {
     "recipe.yaml",

@@ -386,12 +386,12 @@ def test_bfloat16_learns_as_float32_does() -> None:
         if not masters:
             parameters = list(run.models["policy"].parameters())
             run.optimizers = {"policy": torch.optim.AdamW(parameters, lr=1e-4, weight_decay=0.0)}  # type: ignore[dict-item]
-        run.go(40)
+        run.go(20)
         losses = run.column("loss/total")
         return float(losses[0] - losses[-1])
 
     expected = fall(torch.float32)
-    assert expected > 0.2
+    assert expected > 0.1
     assert fall(torch.bfloat16) == pytest.approx(expected, rel=0.1)
     assert abs(fall(torch.bfloat16, masters=False)) < 0.1 * expected
 

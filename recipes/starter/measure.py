@@ -4,8 +4,8 @@
     python recipes/starter/measure.py            # only writes what is there into the docs
 
 DPO, PPO and GRPO are the arms of the starter study with five seeds instead of three: scores on test prompts. SFT and
-the reward model are trained five times by themselves: scores and accuracy on validation prompts and pairs. Intervals are
-95 %, Student's t over the five runs; a gain's is the study's own, crossed over seeds and prompts.
+the reward model are trained five times by themselves: scores and accuracy on validation prompts and pairs. Intervals
+are 95 %, Student's t over the five runs; a gain's is the study's own, crossed over seeds and prompts.
 """
 
 from __future__ import annotations

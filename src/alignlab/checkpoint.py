@@ -229,6 +229,8 @@ def _save_optimizer(optimizer: torch.optim.Optimizer, masters: Mapping[str, nn.P
 
 def _load_optimizer(optimizer: torch.optim.Optimizer, masters: Mapping[str, nn.Parameter], stem: Path) -> None:
     tensors = load_file(f"{stem}.safetensors")
+    if not masters.keys() <= tensors.keys():
+        raise UserError(f"{stem}.safetensors: saved by a version without float32 copies of weights; start again")
     with torch.no_grad():
         for name, master in masters.items():
             master.copy_(tensors.pop(name))

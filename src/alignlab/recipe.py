@@ -1,7 +1,7 @@
 """The typed recipe: YAML or JSON (+ `extends`, + key=value) -> a closed, frozen Recipe, written out resolved.
 
 A recipe is one stage, or a list of `stages` with shared defaults beside it; `preset: trl` beside an algorithm gives it
-that library's defaults. Every key is checked, and everything that is wrong is said at once, with the nearest valid name.
+that library's defaults. Every key is checked, and all that is wrong is said at once, with the nearest valid name.
 """
 
 from __future__ import annotations
@@ -197,7 +197,8 @@ class TrainSection(Section):
     def _one_length(self) -> TrainSection:
         default = type(self).model_fields["num_phases"].default
         if self.epochs is not None and self.num_phases != default:
-            raise ValueError(f"num_phases {self.num_phases} and epochs {self.epochs:g} both say how long; set one to null")
+            given = f"num_phases {self.num_phases} and epochs {self.epochs:g}"
+            raise ValueError(f"{given} both say how long; set one to null")
         return self
 
     @field_validator("num_phases", mode="before")

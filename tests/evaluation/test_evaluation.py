@@ -270,14 +270,16 @@ def test_reward_model_accuracy_is_the_share_of_pairs_in_the_right_order(folder: 
     assert found.intervals["preference/accuracy"] == wilson_interval(int(sum(won)), 6)
 
 
-def test_ties_count_one_half_and_are_not_decisive(folder: Path, template: Template) -> None:
+def test_ties_count_one_half_in_the_accuracy_and_its_interval(folder: Path, template: Template) -> None:
     model = make_reward_model(load(folder), seed=1)
     torch.nn.init.zeros_(model.head.weight)
     limits = Limits(max_prompt_tokens=64, max_completion_tokens=16)
     pairs = encode_pairs([Pair(prompt=PROMPTS[0], chosen="a", rejected="b")], template, limits)
     source = Source(template=template, device=CPU, limits=limits, sampling=SAMPLING, pairs=pairs)
     found = evaluate_reward_model(model, source, ["reasoning"])
-    assert found.metrics["preference/accuracy"] == 0.5 and "preference/accuracy" not in found.intervals
+    assert found.metrics["preference/accuracy"] == 0.5
+    low, high = found.intervals["preference/accuracy"]
+    assert low < 0.5 < high
     torch.testing.assert_close(torch.tensor(0.5), torch.tensor(found.scores["pair/0"]), **FLOAT32)
 
 

@@ -71,7 +71,7 @@ class Algorithm(Protocol):
     dropout: ClassVar[bool]
     """Whether dropout stays on in training; never where logprobs are compared with each other."""
     data_kind: ClassVar[str]
-    """What it learns from: `examples`, `pairs` or `prompts`."""
+    """What it learns from: `examples`, `pairs`, `labelled` or `prompts`."""
 
     def models(self) -> Mapping[str, Role]:
         """The roles it needs, each trained or frozen."""
@@ -93,12 +93,13 @@ class Algorithm(Protocol):
         """The loss as assignments over named inputs, every number filled in; the last one is `loss = ...`.
 
         Python's syntax, evaluated by the tests with NumPy and compared with the executed loss. Per-token inputs are
-        (B, T): `logprobs`, `old_logprobs`, `reference_logprobs`, `entropy`, `advantages`, `values`, `old_values`,
-        `returns`, `mask` and `prompt_mask` (0 or 1; the prompt's without the first token, which nothing predicts); per
-        row (B,): `tokens` (of the row), `margin`, `labels`, `reference_point`; of the whole step: `rows`, `pairs`,
-        `completion_tokens`, `prompt_tokens`, `max_completion_tokens`, `kl_coef` where a controller moves
-        it. Pairs come as `chosen`, `rejected`, `reference_chosen`, `reference_rejected` (B,), each summed over its
-        tokens, and `chosen_tokens`, `rejected_tokens`. Functions: abs, exp, log, log1mexp, clip, maximum, minimum,
+        (B, T): `logprobs`, `old_logprobs`, `reference_logprobs`, `reverse_kl`, `entropy`, `advantages`, `values`,
+        `old_values`, `returns`, `mask` and `prompt_mask` (0 or 1; the prompt's without the first token, which nothing
+        predicts); per row (B,): `tokens` (of the row), `margin`, `labels`, `reference_point`; of the whole step:
+        `rows`, `pairs`, `completion_tokens`, `prompt_tokens`, `max_completion_tokens`, and `kl_coef` where a controller
+        moves it. Pairs come as `chosen`, `rejected`, `reference_chosen`, `reference_rejected` (B,), each summed over
+        its tokens, and `chosen_tokens`, `rejected_tokens`; single completions as `completion` and
+        `reference_completion` (B,), summed likewise. Functions: abs, exp, log, log1mexp, clip, maximum, minimum,
         where, sum, row_mean (over a row's completion tokens, (B, 1)), sigmoid, log_sigmoid, sqrt, stop_gradient.
         """
         ...

@@ -17,6 +17,9 @@ from alignlab.types import Batch
 TIE = 1e-4
 """Rewards this close are equal: before the first update they differ by rounding alone."""
 
+LOSS_AT_START = "the loss over its value at policy = reference, minus 1, per token"
+"""What a method with a reference declares to be 0 before the first update."""
+
 
 def row_sums(per_token: Tensor, batch: Batch) -> Tensor:
     """(B, T) -> (B,) sums over each completion's tokens."""

@@ -50,7 +50,8 @@ class Distill(Hyperparameters):
     data_kind: ClassVar[str] = "prompts"
     needs_reward: ClassVar[bool] = False
     DEPARTURES: ClassVar[tuple[str, ...]] = (
-        "`sampled` has PPO's clip; Thinking Machines' loss is the bare importance ratio, the same in a phase's first step.",
+        "`sampled` has PPO's clip; Thinking Machines' loss is the bare importance ratio. In a phase's first step both "
+        "are the same.",
         "A token mean over the step; theirs is a sum over tokens, so their learning rate goes with their batch.",
         "`full` is GKD's lambda = 1 and reverse KL only: no mixture with demonstrations, no Jensen-Shannon.",
         "trl's GKD trainer normalises over each microbatch's tokens, and has one temperature to sample and one for the "

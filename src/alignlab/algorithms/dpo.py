@@ -15,7 +15,7 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from alignlab.algorithms import Hyperparameters, Models, completion_rows, gap
-from alignlab.algorithms._preference import halves, pair_metrics, referenced, row_sums, row_tokens
+from alignlab.algorithms._preference import LOSS_AT_START, halves, pair_metrics, referenced, row_sums, row_tokens
 from alignlab.forward import score
 from alignlab.functional.preference import preference_loss
 from alignlab.rollout import Source
@@ -76,9 +76,11 @@ class PreferenceLoss(Hyperparameters):
         if state.step > 0:
             return LossOutput(total, sums)
         # Before the first update policy and reference are the same model: no KL, and every pair costs the same.
+        # Rounding adds up over a completion's tokens, so what is asked of its sum is asked per token.
         at_start = {"hinge": 1.0, "ipo": 1 / (2 * self.beta) ** 2}.get(self.loss_kind, math.log(2))
+        tokens = row_tokens(batch).double().mean().item()
         identities = {
-            "the loss over its value at policy = reference, minus 1": preferences.mean().item() / at_start - 1,
+            LOSS_AT_START: (preferences.mean().item() / at_start - 1) / tokens,
             "KL to the reference": gap(logprobs, batch.reference_logprobs, batch),
         }
         return LossOutput(total, sums, identities)

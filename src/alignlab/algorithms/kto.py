@@ -17,7 +17,7 @@ from pydantic import Field
 from torch import Tensor
 
 from alignlab.algorithms import Hyperparameters, Models, completion_rows, gap
-from alignlab.algorithms._preference import TIE, referenced, row_sums
+from alignlab.algorithms._preference import LOSS_AT_START, TIE, referenced, row_sums, row_tokens
 from alignlab.forward import score
 from alignlab.functional.preference import kto_loss
 from alignlab.rollout import Source
@@ -104,12 +104,12 @@ class KTO(Hyperparameters):
         if state.step > 0:
             return LossOutput(terms.sum(), sums)
         # Before the first update policy and reference are the same model: no KL, and half of every weight is lost.
-        num_good = good.sum().item()
+        num_good, tokens = good.sum().item(), row_tokens(batch).double().mean().item()
         at_start = (self.desirable_weight * num_good + self.undesirable_weight * (len(batch) - num_good)) / 2
         identities = {
-            "the loss over its value at policy = reference, minus 1": terms.sum().item() / at_start - 1,
+            LOSS_AT_START: (terms.sum().item() / at_start - 1) / tokens,
             "KL to the reference": gap(logprobs, batch.reference_logprobs, batch),
-            "the reference point, per token": (batch.reference_point.sum() / batch.completion_mask.sum()).item(),
+            "the reference point, per token": batch.reference_point.mean().item() / tokens,
         }
         return LossOutput(terms.sum(), sums, identities)
 

@@ -211,7 +211,7 @@ class PPO(ScoreShaping, KLControl):
                     "under reward, or choose share or potential"
                 )
             flat = [x for r in rollouts for x in r.token_scores or (0.0,) * len(r.completion.token_ids)]
-            given = given.masked_scatter(mask, self.reward_scale * torch.tensor(flat, dtype=given.dtype, device=given.device))
+            given = given.masked_scatter(mask, self.reward_scale * given.new_tensor(flat))
         columns = torch.arange(mask.shape[1], device=mask.device)
         last_action = (mask * columns).argmax(-1)
         return given.scatter_add(1, last_action[:, None], (scores - given.sum(-1))[:, None])

@@ -239,7 +239,7 @@ def _device(model: Model) -> torch.device:
 
 @torch.no_grad()
 def evaluate_reward_model(model: ScalarModel, source: Source, tasks: Sequence[str]) -> Evaluation:
-    """Pairwise accuracy on held-out pairs (ties count one half) with the Wilson interval of the decisive ones.
+    """Pairwise accuracy on held-out pairs (ties count one half) with its Wilson interval.
 
     Args:
         source: its `pairs` are the held-out ones.
@@ -255,9 +255,7 @@ def evaluate_reward_model(model: ScalarModel, source: Source, tasks: Sequence[st
         here = [w for w, task in zip(won, tasks, strict=True) if not name or task == name]
         key = f"{name}/accuracy" if name else "preference/accuracy"
         metrics[key] = float(np.mean(here))
-        decisive = [w for w in here if w != 0.5]
-        if decisive:
-            intervals[key] = wilson_interval(sum(w == 1.0 for w in decisive), len(decisive))
+        intervals[key] = wilson_interval(sum(here), len(here))
     ids = [f"pair/{i}" for i in range(len(won))]
     return Evaluation(
         scores=dict(zip(ids, won, strict=True)),

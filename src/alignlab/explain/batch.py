@@ -16,8 +16,8 @@ from alignlab.pipeline.items import load_items
 PER_STEP = ("examples_per_step", "pairs_per_step", "completions_per_step", "prompts_per_phase")
 """Fields that say how many items of the data a phase uses."""
 ITEMS = {"examples": "demonstrations", "pairs": "pairs", "labelled": "labelled completions", "prompts": "prompts"}
-READABLE = 50_000_000
-"""Bytes of a data file up to which its rows are counted."""
+READABLE = 10_000_000
+"""Bytes of a data file up to which its rows are counted: a second or two."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -295,7 +295,7 @@ class StageRun:
         names = ("examples_per_step", "pairs_per_step", "prompts_per_phase")
         each = next((getattr(algorithm, name) for name in names if hasattr(algorithm, name)), None)
         if not isinstance(each, int):
-            raise UserError(f"stage {self.stage.name}: this method does not say what a phase uses; set train.num_phases")
+            raise UserError(f"stage {self.stage.name}: this method does not say what a phase uses; set num_phases")
         return math.ceil(epochs * source.num_items / each)
 
     # ---- models ------------------------------------------------------------------------------------------------------
