@@ -237,7 +237,7 @@ def test_every_logged_metric_is_in_the_glossary(recipe: str) -> None:
     assert not missing, f"explain them in {GLOSSARY.relative_to(GLOSSARY.parents[1])}"
 
 
-AREAS = "loss|policy|preference|reward|reward_model|value|completion|group|rejection|distill|inference|time|ledger"
+AREAS = "loss|policy|preference|kto|reward|reward_model|value|completion|group|rejection|distill|inference|time|ledger"
 ROLES = ("policy", "value_model", "reward_model")
 
 

@@ -207,7 +207,6 @@ class TrainSection(Section):
         return cls.model_fields["num_phases"].default if value is None else value
 
 
-
 class BestSection(Section):
     """The result is the best policy that an evaluation of the run has seen, rather than the last one."""
 

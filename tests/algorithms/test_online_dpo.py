@@ -206,6 +206,8 @@ def test_kl_is_over_all_completions(online_dpo: Any) -> None:
     assert len(ratios) == 12
     assert_close(phase.metrics["policy/kl_per_sequence"], float(np.mean([r.sum() for r in ratios])), **FLOAT64)
     assert_close(phase.metrics["policy/kl_per_token"], float(np.concatenate(ratios).mean()), **FLOAT64)
+    error = np.std([r.sum() for r in ratios], ddof=1) / 12**0.5
+    assert_close(phase.metrics["policy/kl_standard_error"], float(error), **FLOAT64)
 
 
 def test_sampling_from_another_model_is_found(online_dpo: Any) -> None:
@@ -262,7 +264,8 @@ def test_learns_what_is_rewarded(online_dpo: Any) -> None:
         (" if len(chosen) else ()", "", test_a_phase_of_ties_has_no_steps, ()),
         ("best_and_worst(scores,", "best_and_worst(torch.tensor([r.reward for g in groups for r in g.rollouts]),",
          test_a_missing_stop_token_can_decide, ()),
-        (".sum()\n        metrics", ".mean()\n        metrics", test_kl_is_over_all_completions, ()),
+        ("drifts.mean().item()", "drifts[chosen].mean().item()", test_kl_is_over_all_completions, ()),
+        ("drifts.sum() / batch", "drifts.mean() / batch", test_kl_is_over_all_completions, ()),
         ("dropout: ClassVar[bool] = False", "dropout: ClassVar[bool] = True", test_at_the_start_the_loss_is_ln_2,
          (False,)),
     ],

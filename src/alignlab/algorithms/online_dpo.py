@@ -16,9 +16,9 @@ from torch import Tensor
 
 from alignlab.algorithms import Models, gap, numbers_dtype
 from alignlab.algorithms._online import ScoreShaping, with_reference
+from alignlab.algorithms._preference import row_sums
 from alignlab.algorithms.dpo import PreferenceLoss
 from alignlab.forward import score
-from alignlab.functional.masked import keep
 from alignlab.rollout import Source, rollout_metrics
 from alignlab.types import Batch, Directive, LoopState, LossOutput, Phase, Role, Step
 
@@ -68,11 +68,12 @@ class OnlineDPO(ScoreShaping, PreferenceLoss):
             groups, batch.old_logprobs, state, source.sampling.max_completion_tokens, unjudged=float("nan")
         )
         chosen, rejected = best_and_worst(scores, self.group_size)
-        drift = keep(batch.old_logprobs - batch.reference_logprobs, batch.completion_mask).sum()
+        drifts = row_sums(batch.old_logprobs - batch.reference_logprobs, batch)  # of all completions, not of the pairs
         metrics = {
             **rollout_metrics(groups),
-            "policy/kl_per_sequence": drift.item() / len(batch),
-            "policy/kl_per_token": (drift / batch.completion_mask.sum()).item(),
+            "policy/kl_per_sequence": drifts.mean().item(),
+            "policy/kl_per_token": (drifts.sum() / batch.completion_mask.sum()).item(),
+            "policy/kl_standard_error": (drifts.std() / len(batch) ** 0.5).item(),
             "preference/pairs": float(len(chosen)),
         }
         if len(chosen):
