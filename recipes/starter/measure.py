@@ -100,11 +100,14 @@ def table(method: str, found: dict[str, Any]) -> str:
     for name, numbers, factor in rows:
         digits = 1 if factor == 100 else 3
         mean_, low, high = (f"{factor * numbers[k]:.{digits}f}" for k in ("mean", "low", "high"))
-        lines.append(f"| {name} | {mean_} | {low} to {high} |")
+        interval = "the same model in every run" if low == high else f"{low} to {high}"
+        lines.append(f"| {name} | {mean_} | {interval} |")
     what = "pairs" if method == "reward_model" else "prompts"
     split = "test" if method in ("dpo", "ppo", "grpo") else "validation"
     where = f"{split} {what} of the starter's four tasks; torch {versions['torch']}, CPU"
-    note = f"Seeds {seeds}; {where}. Scores in points of 100."
+    note = f"Seeds {seeds}; {where}."
+    if method != "reward_model":
+        note += " Scores in points of 100, every task counting the same, of completions sampled at temperature 1."
     return "\n".join([f"`{command}`", "", *lines, "", note])
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from numbers import Real
 from typing import NamedTuple, TypeVar, cast
@@ -22,13 +22,12 @@ from alignlab.data import collate, fit, plan_microbatches, take
 from alignlab.errors import UserError
 from alignlab.generate import Sampling, SamplingKey, generate
 from alignlab.models import Model
+from alignlab.rewards import RewardFunction
 from alignlab.types import Batch, Completion, Example, Group, Labelled, LoopState, Pair, Prompt, Rollout, Row
 
 T = TypeVar("T")
 SEED_STRIDE = 1_000_003
 """Between the seeds of two attempts of one phase."""
-RewardFunction = Callable[[Sequence[Prompt], Sequence[Completion]], Sequence[float | Sequence[float] | None]]
-"""One value a completion: a number, None for "no reward", or one number for each of its tokens, stop token included."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

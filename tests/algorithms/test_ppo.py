@@ -742,7 +742,7 @@ MUTANTS: list[tuple[str, str, Any, tuple[Any, ...]]] = [
     ("self.gamma, final)", "self.gamma)", test_potential_of_a_completion_that_was_cut_off, ("bootstrap",)),
     ("prefix_rewards(models", "values(models", test_potential, ()),
     ("scores - given.sum(-1)", "scores", test_given_token_scores, ({}, (0.5, -1.0, 2.5))),
-    ("self.reward_scale * torch", "torch", test_given_token_scores, ({"reward_scale": 2.0}, (1.0, -2.0, 5.0))),
+    ("self.reward_scale * given", "given", test_given_token_scores, ({"reward_scale": 2.0}, (1.0, -2.0, 5.0))),
     ("masked_scatter(mask, ", "masked_scatter(mask, -", test_token_scores_of_a_reward_function, ()),
     ("state.phase == 0 and all(", "False and all(", test_token_scores_that_nobody_gives, ()),
     ("shift_mean=False", "shift_mean=True", test_whitened_rewards_keep_their_mean, ()),

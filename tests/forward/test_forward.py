@@ -348,8 +348,8 @@ def test_adapter_is_on_again_after_an_error() -> None:
          test_rewards_are_read_at_the_last_attended_token),
         ("(batch.attention_mask * columns).argmax(-1)", "batch.attention_mask.sum(-1) - 1",
          test_rewards_are_read_at_the_last_attended_token),
-        (" - reward_model.shift)", ")", test_rewards_are_read_at_the_last_attended_token),
-        (" / reward_model.scale", "", test_rewards_are_read_at_the_last_attended_token),
+        ("batch) - reward_model.shift)", "batch))", test_rewards_are_read_at_the_last_attended_token),
+        ("shift) / reward_model.scale\n", "shift)\n", test_rewards_are_read_at_the_last_attended_token),
     ],
 )  # fmt: skip
 def test_mutants_are_noticed(text: str, replacement: str, test: Any, monkeypatch: pytest.MonkeyPatch) -> None:

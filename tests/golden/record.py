@@ -44,7 +44,19 @@ METHODS: dict[str, Any] = {
     "online_dpo": OnlineDPO(**ONLINE, beta=0.3, rpo_alpha=0.2),
     "ppo": PPO(**ONLINE, **CRITIC, value_warmup_steps=4),
     "ppo_shared": PPO(**ONLINE, **CRITIC, critic="shared", reward_placement="dense", entropy_coef=0.01),
+    "ppo_potential": PPO(
+        **ONLINE, **CRITIC, critic="reward_model", reward_placement="dense", dense_reward="potential", dual_clip=3.0
+    ),
+    "ppo_kl_loss": PPO(
+        **ONLINE, **CRITIC, kl_placement="loss", kl_estimator="k2", score_normaliser="ema", whiten_rewards=True
+    ),
     "grpo": GRPO(**ONLINE, kl_coef=0.04),
+    "grpo_dr_grpo": GRPO(**ONLINE, variant="dr_grpo"),
+    "grpo_dapo": GRPO(**ONLINE, variant="dapo", epochs=2, mask_truncated=False),  # else some phases have no steps
+    "grpo_gspo": GRPO(**ONLINE, variant="gspo", epochs=2),
+    "grpo_cispo": GRPO(**ONLINE, variant="cispo", epochs=2),
+    "grpo_rloo": GRPO(**ONLINE, variant="rloo"),
+    "grpo_components": GRPO(**ONLINE, normalise_components=True, missing_stop_penalty=0.5),
     "rejection": Rejection(**ONLINE),
     "distill": Distill(**ONLINE, gamma=0.9),
     "distill_full": Distill(**ONLINE, objective="full"),
@@ -61,7 +73,7 @@ def trajectory(name: str, disturb: Callable[[Run], None] = lambda run: None) -> 
     run.schedule = Schedule(shape="cosine", warmup=0.2, floor=0.1)
     disturb(run)
     modules = trained_modules(run.models, run.algorithm.models())
-    steps_a_phase = METHODS[name].epochs * METHODS[name].minibatches if name.startswith("ppo") else 1
+    steps_a_phase = getattr(METHODS[name], "epochs", 1) * getattr(METHODS[name], "minibatches", 1)
     finished = run.go(STEPS // steps_a_phase, log_completions=10**6)
     assert len(finished) * steps_a_phase == STEPS == len(run.recorder.rows)
     return {

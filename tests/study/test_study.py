@@ -196,7 +196,7 @@ def test_all_arms_share_one_start_and_one_reward_model(demo: tuple[Path, Finishe
             keys.append(run["hashes"]["key"])
     assert len(set(keys)) == 9
     folders = {p.name.rsplit("-", 1)[0] for p in (demo[0] / "shared").iterdir() if p.is_dir()}
-    assert folders == {"starter-sft", "starter-reward-model"}  # each trained once
+    assert folders == {"starter-sft", "starter-reward-model", "reference"}  # each trained once
 
 
 def test_the_report_shows_the_completions_escaped(demo: tuple[Path, Finished], results: dict[str, Any]) -> None:
