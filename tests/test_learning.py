@@ -92,21 +92,49 @@ def test_dpo_learns_its_pairs_and_their_behaviour(world: Path, sft: Outcome) -> 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", ["simpo", "orpo", "kto"])
+@pytest.mark.parametrize(
+    "method, variant",
+    [
+        ("simpo", None),
+        ("orpo", None),
+        ("kto", None),
+        *(("dpo", variant) for variant in ("cdpo", "robust", "hinge", "ipo", "length_normalised", "rpo")),
+    ],
+)
 def test_the_relatives_of_dpo_lower_their_loss_and_raise_the_held_out_score(
-    world: Path, sft: Outcome, method: str
+    world: Path, sft: Outcome, method: str, variant: str | None
 ) -> None:
-    run = train(world, method, f"start={sft.folder}", "train.num_phases=40", "evaluation.every=40")
+    which = [f"algorithm.variant={variant}"] if variant else []
+    run = train(
+        world,
+        method,
+        f"start={sft.folder}",
+        "train.num_phases=40",
+        "evaluation.every=40",
+        *which,
+        folder=f"{method}-{variant}",
+    )
     assert run.mean("loss/total", slice(-8, None)) < LOSS_FACTOR * run.mean("loss/total", slice(0, 4))
     assert run.metrics["score"] > run.before("score") + DPO_GAIN
 
 
-SLOW = [pytest.param(method, marks=pytest.mark.slow) for method in ("online_dpo", "rejection")]
+SLOW = [
+    ("online_dpo", ()),
+    ("rejection", ()),
+    ("ppo", ("reward_placement=dense",)),
+    ("ppo", ("reward_placement=dense", "dense_reward=potential", "critic=reward_model")),
+    ("ppo", ("critic=shared", "kl_controller=adaptive", "score_normaliser=ema")),
+    *(("grpo", (f"variant={variant}",)) for variant in ("dr_grpo", "dapo", "gspo", "cispo", "rloo")),
+    ("grpo", ("normalise_components=true",)),
+]
 
 
-@pytest.mark.parametrize("method", ["grpo", "ppo", *SLOW])
+@pytest.mark.parametrize(
+    "method, choices",
+    [("grpo", ()), ("ppo", ()), *(pytest.param(*case, marks=pytest.mark.slow) for case in SLOW)],
+)
 def test_online_methods_raise_reward_and_held_out_score(
-    world: Path, sft: Outcome, reward_model: Outcome, method: str
+    world: Path, sft: Outcome, reward_model: Outcome, method: str, choices: tuple[str, ...]
 ) -> None:
     run = train(
         world,
@@ -117,6 +145,8 @@ def test_online_methods_raise_reward_and_held_out_score(
         "train.schedule.shape=constant",
         "evaluation.every=14",
         "evaluation.prompts_per_task=50",
+        *(f"algorithm.{choice}" for choice in choices),
+        folder="-".join((method, *choices)),
     )
     assert run.mean("reward/mean", slice(-4, None)) > run.mean("reward/mean", slice(0, 4)) + REWARD_GAIN
     assert run.metrics["score"] > run.before("score")
