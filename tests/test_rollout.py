@@ -257,7 +257,7 @@ def test_without_rewards_nothing_is_judged_where_none_is_needed() -> None:
     groups = plain.rollouts(policy(), 4, 2, STATE, needs_reward=False)
     assert ids(groups) == ids(source().rollouts(policy(), 4, 2, STATE, needs_reward=False))
     assert all(math.isnan(r.reward) and not r.breakdown for g in groups for r in g.rollouts)
-    assert all(not name.startswith(("reward/", "group/")) for name in rollout_metrics(groups))
+    assert all(not name.startswith(("reward", "group/constant")) for name in rollout_metrics(groups))
     assert source().rollouts(policy(), 4, 2, STATE, needs_reward=False) == source().rollouts(policy(), 4, 2, STATE)
     with pytest.raises(UserError, match="none is named"):
         plain.rollouts(policy(), 4, 2, STATE)
@@ -337,6 +337,7 @@ def test_metrics_and_tensors() -> None:
     expected = {
         "reward/mean": 2.0, "reward/std": math.sqrt(2 / 3), "reward/unjudged_fraction": 0.25, "reward/digits": 2.0,
         "completion/length": 11 / 4, "completion/stop_fraction": 0.75, "group/constant_fraction": 0.5,
+        "group/distinct_fraction": 1.0,
         "ledger/prompts": 2.0, "ledger/completions": 4.0, "ledger/generated_tokens": 11.0,
     }  # fmt: skip
     assert metrics.keys() == expected.keys()
@@ -347,7 +348,38 @@ def test_metrics_and_tensors() -> None:
         reward_tensor(groups, like), torch.tensor([1, 3, math.nan, 2], dtype=torch.float64), equal_nan=True, **EXACT
     )
     assert stopped_tensor(groups, like).tolist() == [True, False, True, True]
-    assert "group/constant_fraction" not in rollout_metrics([Group(rollouts=(made[0],))])
+    assert not any(name.startswith("group/") for name in rollout_metrics([Group(rollouts=(made[0],))]))
+    assert rollout_metrics([Group(rollouts=(made[2], made[2]))])["group/distinct_fraction"] == 0.5
+
+
+def test_shares_of_the_variance() -> None:
+    """2 a + b with a = (0, 1, 0, 1), b = (0, 0, 4, 4): the sums 0, 2, 4, 6 have variance 5, of which b brings 4. What
+    was not judged does not count, nor does a component that is the only one."""
+    model = policy()
+    values = [{"a": 0.0, "b": 0.0}, {"a": 1.0, "b": 0.0}, {"a": 0.0, "b": 4.0}, {"a": 1.0, "b": 4.0}, {}]
+    made = [replace(rollout(model, "3", "a", reward=0.0, shift=(0, 0)), breakdown=v) for v in values]
+    group = Group(rollouts=tuple(made))
+
+    def shares(*names: str) -> dict[str, float]:
+        rewards = [Reward(name=n, function=lambda p, c: [], weight={"a": 2.0, "b": 1.0}[n]) for n in names]
+        found = rollout_metrics([group], rewards)
+        return {k.removeprefix("reward_share/"): v for k, v in found.items() if k.startswith("reward_share/")}
+
+    assert shares("a", "b") == pytest.approx({"a": 0.2, "b": 0.8})
+    assert shares("a") == shares() == {}
+    assert rollout_metrics([Group(rollouts=(made[0], made[0]))], ()).keys().isdisjoint({"reward_share/a"})
+
+
+def test_constant_by_component() -> None:
+    """Sums that agree although their components do not: constant for the sum, not for each component by itself."""
+    model = policy()
+    made = [
+        replace(rollout(model, "3", "a", reward=1.0, shift=(0, 0)), breakdown=b)
+        for b in ({"a": 1.0, "b": 0.0}, {"b": 1.0, "a": 0.0})
+    ]
+    group = Group(rollouts=tuple(made))
+    assert is_constant(group) and not is_constant(group, by_component=True)
+    assert is_constant(Group(rollouts=(made[0], made[0])), by_component=True)
 
 
 def judged(task: str, **values: float) -> Any:

@@ -226,7 +226,7 @@ def explained(metric: str, known: dict[str, tuple[str, ...]]) -> bool:
     """Whether the glossary has the metric: as it is, by its part after `evaluation/`, or with TASK or NAME in it."""
     candidates = {metric, metric.removeprefix("evaluation/")}
     candidates |= {re.sub(r"^(reasoning|safety|clinical|code|gsm8k)/", "TASK/", name) for name in candidates}
-    candidates |= {re.sub(r"^reward/\w+$", "reward/NAME", name) for name in candidates}
+    candidates |= {re.sub(r"^(reward|reward_share)/\w+$", r"\1/NAME", name) for name in candidates}
     return any(name in known for name in candidates)
 
 
@@ -243,7 +243,9 @@ ROLES = ("policy", "value_model", "reward_model")
 
 def written() -> set[str]:
     """Every metric that a line of the source or a task writes, whatever the options."""
-    source = "\n".join(path.read_text("utf-8") for path in SOURCES.rglob("*.py") if "study" not in path.parts)
+    readers = ("study", "diagnosis.py")  # they only read what others write
+    paths = (path for path in SOURCES.rglob("*.py") if not set(readers) & set(path.parts))
+    source = "\n".join(path.read_text("utf-8") for path in paths)
     found = set(re.findall(rf'"((?:{AREAS})/[a-z_0-9]+)"', source))
     found |= {f"{role}/{what}" for role in ROLES for what in ("grad_norm", "learning_rate")}
     return found | {f"TASK/{name}" for task in registry.names("tasks") for name in get_task(task).metrics}
@@ -254,9 +256,15 @@ def test_every_metric_of_the_source_is_in_the_glossary() -> None:
     assert not written() - glossary().keys()
 
 
+def test_what_the_diagnosis_reads_is_written_by_somebody() -> None:
+    text = (SOURCES / "diagnosis.py").read_text("utf-8")
+    read = set(re.findall(rf'"(?:evaluation/)?((?:{AREAS})/[a-z_0-9]+)"', text))
+    assert len(read) > 15 and not read - written()
+
+
 def test_the_glossary_has_nothing_that_is_never_written() -> None:
     named_otherwise = {"phase", "step", "phases_done", "ended", "diagnosis", "score", "score_standard_error",
-                       "reward/NAME", "TASK/accuracy"}  # fmt: skip
+                       "reward/NAME", "reward_share/NAME", "TASK/accuracy"}  # fmt: skip
     totals = ("trained_rows", "trained_tokens", "optimizer_steps", "phases", "seconds", "peak_memory_bytes",
               "evaluation_completions", "evaluation_generated_tokens")  # fmt: skip
     assert not glossary().keys() - written() - named_otherwise - {f"ledger/{name}" for name in totals}

@@ -383,9 +383,13 @@ def component_tensor(groups: Sequence[Group], rewards: Sequence[Reward], like: T
     return like.new_tensor(rows), like.new_tensor([weights[name] for name in names])
 
 
-def is_constant(group: Group) -> bool:
-    """Whether all of a group that was judged earned the same, so that it does not say which completion is better."""
-    return len({r.reward for r in group.rollouts if not math.isnan(r.reward)}) <= 1
+def is_constant(group: Group, *, by_component: bool = False) -> bool:
+    """Whether all of a group that was judged earned the same, so that it does not say which completion is better;
+    `by_component`: in every component of the reward, not only in their sum."""
+    judged = [r for r in group.rollouts if not math.isnan(r.reward)]
+    if by_component:
+        return len({tuple(sorted(r.breakdown.items())) for r in judged}) <= 1
+    return len({r.reward for r in judged}) <= 1
 
 
 def stopped_tensor(groups: Sequence[Group], like: Tensor) -> Tensor:
@@ -394,11 +398,11 @@ def stopped_tensor(groups: Sequence[Group], like: Tensor) -> Tensor:
     return torch.tensor(flags, device=like.device)
 
 
-def rollout_metrics(groups: Sequence[Group]) -> dict[str, float]:
-    """What is worth knowing about a phase's rollouts: lengths, stop reasons; where something was judged, rewards by
-    component and constant groups."""
+def rollout_metrics(groups: Sequence[Group], rewards: Sequence[Reward] = ()) -> dict[str, float]:
+    """What is worth knowing about a phase's rollouts: lengths, stop reasons, how siblings differ; where something was
+    judged, rewards by component and constant groups, and with the reward functions what each adds to the variance."""
     rollouts = [r for g in groups for r in g.rollouts]
-    rewards = np.array([r.reward for r in rollouts])
+    scores = np.array([r.reward for r in rollouts])
     lengths = np.array([len(r.completion.token_ids) for r in rollouts])
     metrics = {
         "completion/length": float(lengths.mean()),
@@ -407,17 +411,40 @@ def rollout_metrics(groups: Sequence[Group]) -> dict[str, float]:
         "ledger/completions": float(len(rollouts)),
         "ledger/generated_tokens": float(lengths.sum()),
     }
-    if not np.isnan(rewards).all():
+    several = any(len(g.rollouts) > 1 for g in groups)
+    if several:
+        different = [len({r.completion.token_ids for r in g.rollouts}) / len(g.rollouts) for g in groups]
+        metrics["group/distinct_fraction"] = float(np.mean(different))
+    if not np.isnan(scores).all():
         metrics |= {
-            "reward/mean": float(np.nanmean(rewards)),
-            "reward/std": float(np.nanstd(rewards)),
-            "reward/unjudged_fraction": float(np.isnan(rewards).mean()),
+            "reward/mean": float(np.nanmean(scores)),
+            "reward/std": float(np.nanstd(scores)),
+            "reward/unjudged_fraction": float(np.isnan(scores).mean()),
         }
-        if any(len(g.rollouts) > 1 for g in groups):
+        if several:
             metrics["group/constant_fraction"] = float(np.mean([is_constant(group) for group in groups]))
     for name in sorted({k for r in rollouts for k in r.breakdown}):
         metrics[f"reward/{name}"] = float(np.mean([r.breakdown[name] for r in rollouts if name in r.breakdown]))
-    return metrics
+    return metrics | _variance_shares(groups, rewards)
+
+
+def _variance_shares(groups: Sequence[Group], rewards: Sequence[Reward]) -> dict[str, float]:
+    """Cov(weighted component, reward) / Var(reward) of each component, over what was judged; they add up to 1.
+
+    Nothing where there is one component, or where all earned the same.
+    """
+    if len({reward.name for reward in rewards}) < 2:
+        return {}
+    components, weights = component_tensor(groups, rewards, torch.zeros((), dtype=torch.float64))
+    judged = ~components.isnan().all(0)
+    parts = (weights[:, None] * components.nan_to_num(nan=0.0))[:, judged]
+    total = parts.sum(0)
+    spread = (total - total.mean()).square().sum().item() if len(total) else 0.0
+    if not spread > 1e-12 * total.square().sum().item():
+        return {}
+    shares = ((parts - parts.mean(1, keepdim=True)) @ (total - total.mean()) / spread).tolist()
+    names = dict.fromkeys(reward.name for reward in rewards)
+    return {f"reward_share/{name}": share for name, share in zip(names, shares, strict=True)}
 
 
 # ---- encoding --------------------------------------------------------------------------------------------------------

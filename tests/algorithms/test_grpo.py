@@ -317,8 +317,8 @@ def silent(prompts: Sequence[Prompt], completions: Sequence[Completion]) -> list
 def test_components_are_normalised_by_themselves(grpo: Any, penalty: float) -> None:
     """Two groups of two with components a (weight 2) and b (weight 3): a = (0, 1), (4, 4); b = (5, -), (1, 3), and of
     a third group nobody judged the first completion: a = (-, 7). Within a group of two, normalised is -+c with
-    c = (d / 2) / (d / sqrt 2 + 1e-4), d the difference. What a missing stop costs, here the first completion of all,
-    is one more component of weight 1, but says nothing where nothing else does."""
+    c = (d / 2) / (d / sqrt 2 + 1e-4), d the difference. What a missing stop costs, here the first completion of all, is
+    centred in its group and keeps its size; where nobody judged, it says nothing."""
     run = start_run(grpo(prompts_per_phase=3, group_size=2, normalise_components=True, missing_stop_penalty=penalty))
     groups = groups_by_hand(run.models["policy"], [[0, 0]] * 3, [["ab~", "a"], ["abc", "b"], ["ab~", "c"]])
     values = [
@@ -330,10 +330,9 @@ def test_components_are_normalised_by_themselves(grpo: Any, penalty: float) -> N
     )
     c = lambda d: (d / 2) / (d / math.sqrt(2) + 1e-4)  # noqa: E731
     total = np.array([-2 * c(1), 2 * c(1), -3 * c(2), 3 * c(2), math.nan, 0.0])
-    if penalty:
-        total[:2] += [-c(2.0), c(2.0)]
     judged = total[~np.isnan(total)]
     expected = np.nan_to_num((total - judged.mean()) / (judged.std(ddof=1) + 1e-4), nan=0.0)
+    expected[:2] += [-penalty / 2, penalty / 2]
     phase, _ = collected(run)
     assert_close(advantages_of(run, phase).flatten(), expected, **FLOAT64)
 
@@ -749,7 +748,13 @@ MUTANTS: list[tuple[str, str, Any, tuple[Any, ...]]] = [
         ("none",),
     ),
     ("else now, scale=self.scale", "else now, scale='none'", test_running_mean_as_baseline, ("batch",)),
-    ("-costs[None]", "costs[None]", test_components_are_normalised_by_themselves, (2.0,)),
+    ("gains - group_adv", "gains + group_adv", test_components_are_normalised_by_themselves, (2.0,)),
+    (
+        'costs, self.group_size, scale="none"',
+        "costs, self.group_size",
+        test_components_are_normalised_by_themselves,
+        (2.0,),
+    ),
     (
         "costs.masked_fill(components.isnan().all(0), torch.nan)",
         "costs",
@@ -776,7 +781,7 @@ MUTANTS: list[tuple[str, str, Any, tuple[Any, ...]]] = [
     ("if not len(kept):", "if False:", test_a_phase_in_which_all_was_cut_off, ()),
     ("attempt=redraws", "attempt=1", test_dynamic_sampling, (10,)),
     ("redraws < self.max_redraws", "redraws < 10", test_dynamic_sampling, (1,)),
-    ("found = rollout_metrics(drawn)", "found = rollout_metrics((*kept, *dull))", test_dynamic_sampling, (2,)),
+    ("found = rollout_metrics(drawn,", "found = rollout_metrics((*kept, *dull),", test_dynamic_sampling, (2,)),
     ("dull = dull[: self.prompts_per_phase - len(kept)]", "dull = []", test_dynamic_sampling, (1,)),
     ("len(dull), self.group_size", "self.prompts_per_phase, self.group_size", test_dynamic_sampling, (1,)),
     ('{**found, **dropped, "group/constant_fraction": share}', "{**found, **dropped}", test_dynamic_sampling, (2,)),

@@ -112,10 +112,23 @@ def test_penalty_before_clip(ppo: Any) -> None:
     assert_close(returns_and_advantages(ppo, stop=True, **options)[0][2], 0.35, **FLOAT64)
 
 
-@pytest.mark.filterwarnings("ignore:Mean of empty slice", "ignore:Degrees of freedom")
-def test_no_reward_counts_as_zero(ppo: Any) -> None:
-    returns, _ = returns_and_advantages(ppo, reward=math.nan)
-    assert_close(returns, np.array([-0.1, -0.05, -0.15]), **FLOAT64)
+def test_what_nobody_judged_is_left_out(ppo: Any) -> None:
+    """Of ten completions those without a digit get no reward: they are sampled and counted, and not trained on."""
+
+    def digits(prompts: Sequence[Prompt], completions: Sequence[Completion]) -> list[float | None]:
+        counts = [sum(c.isdigit() for c in completion.text) for completion in completions]
+        return [float(n) if n else None for n in counts]
+
+    run = start_run(ppo(**TEN, epochs=1), rewards=[Reward(name="digits", function=digits, weight=1.0)])
+    phase, _ = run.algorithm.collect(run.models, run.source, run.state)
+    drawn = [r for g in phase.groups for r in g.rollouts]
+    judged = [r for r in drawn if not math.isnan(r.reward)]
+    assert 0 < len(judged) < len(drawn) == 10
+    pieces = [b for step in phase.steps for b in step.microbatches]
+    trained = sorted(tuple(int(t) for t in row) for b in pieces for row in rows_of(b.input_ids, b))
+    assert trained == sorted(r.completion.token_ids for r in judged)
+    assert phase.metrics["reward/unjudged_fraction"] == pytest.approx(1 - len(judged) / 10)
+    assert phase.metrics["ledger/completions"] == 10
 
 
 @pytest.mark.parametrize("kind, kl", [("k2", (0.005, 0.02, 0.045)), ("k3", [math.exp(-d) - 1 + d for d in KL])])
@@ -184,12 +197,10 @@ def test_potential_of_a_completion_that_was_cut_off(ppo: Any, at_cutoff: str) ->
         ({"reward_scale": 2.0}, (1.0, -2.0, 5.0)),
         ({"score_clip": 1.0}, (0.5, -1.0, 1.5)),
         ({"missing_stop_penalty": 3.0, "stop": False}, (0.5, -1.0, -0.5)),
-        ({"reward": math.nan}, (0.5, -1.0, 0.5)),
         ({"token_scores": (0.0, 0.0, 0.0)}, (0.0, 0.0, 2.0)),
     ],
     ids=str,
 )
-@pytest.mark.filterwarnings("ignore:Mean of empty slice", "ignore:Degrees of freedom")
 def test_given_token_scores(ppo: Any, options: dict[str, Any], rewards: tuple[float, ...]) -> None:
     given = {"reward_placement": "dense", "dense_reward": "given", "token_scores": (0.5, -1.0, 0.25), "kl_coef": 0.0}
     returns, _ = returns_and_advantages(ppo, **(given | options))
@@ -733,7 +744,7 @@ MUTANTS: list[tuple[str, str, Any, tuple[Any, ...]]] = [
     ("0.0, found)", "found, found)", test_cut_off, ("bootstrap", 1.825)),
     ("0.0, found)", "found, 0.0)", test_cut_off, ("bootstrap", 1.825)),
     ('self.at_cutoff == "zero"', 'self.at_cutoff == "bootstrap"', test_cut_off, ("zero", 1.6)),
-    ("unjudged=0.0", "unjudged=1.0", test_no_reward_counts_as_zero, ()),
+    ("if not math.isnan(r.reward))", "if True)", test_what_nobody_judged_is_left_out, ()),
     ('self.kl_placement == "reward"', "True", test_a_kl_that_is_not_in_the_reward, ("loss",)),
     ("(scores - penalty.sum(-1)).mean()", "token_rewards.sum(-1).mean()", test_potential, ()),
     ("self.shaping_coef * potential_shaping", "potential_shaping", test_potential, ()),

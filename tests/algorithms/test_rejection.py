@@ -66,7 +66,7 @@ def group(*rewards: float, stop: Sequence[bool] | None = None) -> Group:
 
 def names(algorithm: Any, *groups: Group) -> list[str]:
     """What is kept of each group, as text; scores as the method shapes them."""
-    scores, _ = algorithm.scores(groups, torch.zeros((), dtype=torch.float64), LoopState(seed=0), 8, unjudged=NAN)
+    scores, _ = algorithm.scores(groups, torch.zeros((), dtype=torch.float64), LoopState(seed=0), 8)
     return ["".join(r.completion.text for r in kept.rollouts) for kept in algorithm.kept(groups, scores)]
 
 

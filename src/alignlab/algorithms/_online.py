@@ -47,24 +47,22 @@ class ScoreShaping(Hyperparameters):
     score_clip: float | None = Field(None, gt=0)
     """Scores are clipped to +- this, after everything else; null = not at all."""
 
-    def scores(
-        self, groups: Sequence[Group], like: Tensor, state: LoopState, limit: int, unjudged: float
-    ) -> tuple[Tensor, LoopState]:
+    def scores(self, groups: Sequence[Group], like: Tensor, state: LoopState, limit: int) -> tuple[Tensor, LoopState]:
         """(N,) scores in group order, and the state with the running moments of this phase in it.
 
         Args:
             like: gives type and device.
             limit: the completion limit in tokens.
-            unjudged: the score of a completion that no reward function judged, before penalties; NaN leaves it out.
+
+        Returns:
+            The score of a completion that no reward function judged is NaN.
         """
         rewards = reward_tensor(groups, like)
         if self.score_normaliser == "ema":
             state = self._remembered(rewards, state)
             mean, sd = running_moments(state)
             rewards = (rewards - mean) / (sd + NORMALISER_EPS)
-        rewards = torch.where(rewards.isnan(), unjudged, self.reward_scale * rewards) - self.penalties(
-            groups, like, limit
-        )
+        rewards = self.reward_scale * rewards - self.penalties(groups, like, limit)
         return rewards if self.score_clip is None else rewards.clamp(-self.score_clip, self.score_clip), state
 
     def penalties(self, groups: Sequence[Group], like: Tensor, limit: int) -> Tensor:
@@ -87,7 +85,7 @@ class ScoreShaping(Hyperparameters):
 
     def _remembered(self, rewards: Tensor, state: LoopState) -> LoopState:
         """First and second moment, each decay * old + (1 - decay) * the phase's mean, and their weight so far."""
-        given = rewards[~rewards.isnan()]
+        given = rewards[~rewards.isnan()].double()  # the variance is a small difference of large squares
         if not len(given):
             return state
         news = {"reward_mean": given.mean(), "reward_square": given.square().mean(), "reward_weight": torch.ones(())}
@@ -136,7 +134,7 @@ class KLControl(Hyperparameters):
     lr_guard_factor: float = Field(0.5, gt=0, lt=1)
     """What `lr_guard` multiplies the learning rate by."""
     lr_guard_patience: int = Field(3, ge=0)
-    """How often `lr_guard` lowers the learning rate before it stops the run."""
+    """How often in a row `lr_guard` lowers the learning rate without help before it stops the run."""
 
     @model_validator(mode="after")
     def _controllable(self) -> KLControl:
@@ -170,7 +168,7 @@ class KLControl(Hyperparameters):
 
     def controlled(self, state: LoopState) -> LoopState:
         """The state with the coefficient of the phase that begins, moved by the KL that the last phase measured:
-        kl_coef (1 + clip(KL / target - 1, +-.2) n / horizon), n completions."""
+        kl_coef (1 + clip(KL / target - 1, +-.2) min(1, n / horizon)), n completions."""
         if not self.measures_kl:
             return state
         known = state.algorithm
@@ -181,7 +179,7 @@ class KLControl(Hyperparameters):
                 if self.kl_controller == "adaptive"
                 else known["kl_per_token"] / self.target_per_token(state.phase)
             ) - 1
-            coefficient *= 1 + min(0.2, max(-0.2, error)) * known["kl_completions"] / self.kl_horizon
+            coefficient *= 1 + min(0.2, max(-0.2, error)) * min(1.0, known["kl_completions"] / self.kl_horizon)
         return replace(state, algorithm={**known, "kl_coef": coefficient})
 
     def measured(self, batch: Batch, state: LoopState) -> tuple[dict[str, float], LoopState]:
@@ -206,17 +204,27 @@ class KLControl(Hyperparameters):
         return keep(kl, mask) if self.kl_threshold is None else above_threshold(kl, mask, self.kl_threshold)
 
     def guarded(self, state: LoopState, metrics: Mapping[str, float]) -> tuple[LoopState, Directive]:
-        """`lr_guard` after the first step of a phase, the only one that brings the phase's KL with it."""
+        """`lr_guard` after the first step of a phase, the only one that brings the phase's KL with it.
+
+        Over the target it lowers the learning rate, again only if the KL has not fallen since, and stops where this did
+        not help `lr_guard_patience` times. A phase on target, or a new target, begins the count anew.
+        """
         kl = metrics.get("policy/kl_per_token")
-        if self.kl_controller != "lr_guard" or kl is None or not kl > (target := self.target_per_token(state.phase)):
+        if self.kl_controller != "lr_guard" or kl is None:
             return state, Directive()
-        lowered = state.algorithm.get("lr_lowered", 0.0)
+        target, known = self.target_per_token(state.phase), state.algorithm
+        lowered = known.get("lr_lowered", 0.0) if known.get("lr_guard_target") == target else 0.0
+        if not kl > target:
+            return replace(state, algorithm={**known, "lr_lowered": 0.0, "lr_guard_target": target}), Directive()
+        if lowered and kl < known["lr_guard_kl"]:
+            return state, Directive()
         what = f"KL {kl:.3g} over {target:g} nats a token"
         if lowered >= self.lr_guard_patience:
             return state, Directive(
-                action="stop", reason=f"{what}, and the learning rate was lowered {lowered:g} times already"
+                action="stop", reason=f"{what}, and the learning rate was lowered {lowered:g} times without help"
             )
-        state = replace(state, algorithm={**state.algorithm, "lr_lowered": lowered + 1})
+        news = {"lr_lowered": lowered + 1, "lr_guard_target": target, "lr_guard_kl": kl}
+        state = replace(state, algorithm={**known, **news})
         return state, Directive(learning_rate_factor={"policy": self.lr_guard_factor})
 
     def kl_formula(self) -> tuple[str, ...]:

@@ -102,7 +102,7 @@ class Distill(Hyperparameters):
             "sequence": completion_rows(pieces),
             "constant": completion_rows(pieces) * source.sampling.max_completion_tokens,
         }[self.aggregation]
-        return Phase((Step(pieces, normaliser),) * self.epochs, rollout_metrics(groups), groups), state
+        return Phase((Step(pieces, normaliser),) * self.epochs, rollout_metrics(groups, source.rewards), groups), state
 
     def _require_one_vocabulary(self, models: Models) -> None:
         student, teacher = (len(head(models[role]).weight) for role in ("policy", "teacher"))

@@ -161,16 +161,17 @@ class GRPO(ScoreShaping, KLControl):
         """The phase's groups, those that say nothing replaced where asked for; metrics are of all that was drawn."""
         groups = source.rollouts(models["policy"], self.prompts_per_phase, self.group_size, state)
         if not self.max_redraws:
-            return groups, rollout_metrics(groups)
-        kept, dull = [g for g in groups if not is_constant(g)], [g for g in groups if is_constant(g)]
+            return groups, rollout_metrics(groups, source.rewards)
+        dull = [g for g in groups if is_constant(g, by_component=self.normalise_components)]
+        kept = [g for g in groups if g not in dull]
         drawn, redraws = list(groups), 0
         while dull and redraws < self.max_redraws:
             redraws += 1
             fresh = source.rollouts(models["policy"], len(dull), self.group_size, state, attempt=redraws)
             drawn += fresh
-            kept += [g for g in fresh if not is_constant(g)]
+            kept += [g for g in fresh if not is_constant(g, by_component=self.normalise_components)]
             dull = dull[: self.prompts_per_phase - len(kept)]
-        found = rollout_metrics(drawn)
+        found = rollout_metrics(drawn, source.rewards)
         share = rollout_metrics((*kept, *dull))["group/constant_fraction"]
         dropped = {"group/drawn_constant_fraction": found["group/constant_fraction"], "group/redraws": float(redraws)}
         return (*kept, *dull), {**found, **dropped, "group/constant_fraction": share}
@@ -188,13 +189,12 @@ class GRPO(ScoreShaping, KLControl):
             penalty = state.algorithm["kl_coef"] * kl.sum(-1)
         if self.normalise_components:
             components, weights = component_tensor(groups, source.rewards, like)
-            costs = penalty + self.penalties(groups, like, limit)
-            if costs.any():  # what is not a reward function's is one more component
-                costs = costs.masked_fill(components.isnan().all(0), torch.nan)  # nothing is known of them
-                components, weights = torch.cat([components, -costs[None]]), torch.cat([weights, weights.new_ones(1)])
-            return component_advantages(components, weights, self.group_size), state
+            gains = component_advantages(components, weights, self.group_size)
+            costs = penalty + self.penalties(groups, like, limit)  # keep their size, beside advantages of sd 1
+            costs = costs.masked_fill(components.isnan().all(0), torch.nan)  # what nobody judged stays at 0
+            return gains - group_advantages(costs, self.group_size, scale="none"), state
         earlier = state
-        scores, state = self.scores(groups, like, state, limit, unjudged=float("nan"))
+        scores, state = self.scores(groups, like, state, limit)
         scores = scores - penalty
         if self.baseline == "ema":
             return self._above_running_mean(scores, earlier, state)

@@ -64,13 +64,11 @@ class OnlineDPO(ScoreShaping, PreferenceLoss):
         batch = source.batch(groups, numbers_dtype(models["policy"]))
         batch = with_reference(models, source, batch, self.temperature)
         assert batch.old_logprobs is not None and batch.reference_logprobs is not None
-        scores, state = self.scores(
-            groups, batch.old_logprobs, state, source.sampling.max_completion_tokens, unjudged=float("nan")
-        )
+        scores, state = self.scores(groups, batch.old_logprobs, state, source.sampling.max_completion_tokens)
         chosen, rejected = best_and_worst(scores, self.group_size)
         drifts = row_sums(batch.old_logprobs - batch.reference_logprobs, batch)  # of all completions, not of the pairs
         metrics = {
-            **rollout_metrics(groups),
+            **rollout_metrics(groups, source.rewards),
             "policy/kl_per_sequence": drifts.mean().item(),
             "policy/kl_per_token": (drifts.sum() / batch.completion_mask.sum()).item(),
             "policy/kl_standard_error": (drifts.std() / len(batch) ** 0.5).item(),

@@ -12,6 +12,7 @@ The sign makes actions with positive advantage likelier. The critic reads the st
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, ClassVar, Literal
@@ -152,7 +153,9 @@ class PPO(ScoreShaping, KLControl):
     def collect(self, models: Models, source: Source, state: LoopState) -> tuple[Phase, LoopState]:
         state = self.controlled(state)
         groups = source.rollouts(models["policy"], self.prompts_per_phase, self.group_size, state)
-        batch, metrics = source.batch(groups, numbers_dtype(models["policy"])), rollout_metrics(groups)
+        metrics, drawn = rollout_metrics(groups, source.rewards), groups
+        groups = judged(groups)
+        batch = source.batch(groups, numbers_dtype(models["policy"]))
         assert batch.old_logprobs is not None
         like, mask = batch.old_logprobs, batch.completion_mask
         if self.measures_kl:
@@ -161,7 +164,7 @@ class PPO(ScoreShaping, KLControl):
             metrics |= found
         old_values = swept(source, batch, like, lambda b: values(models["value_model"], b))
         at_cutoff = self._at_cutoff(source, batch, groups, lambda b: final_values(models["value_model"], b))
-        scores, state = self.scores(groups, like, state, source.sampling.max_completion_tokens, unjudged=0.0)
+        scores, state = self.scores(groups, like, state, source.sampling.max_completion_tokens)
         token_rewards, penalty = self._placed(scores, groups, mask, state), torch.zeros_like(like)
         if self.uses_potential:
             potentials = swept(source, batch, like, lambda b: prefix_rewards(models["reward_model"], b))
@@ -182,7 +185,7 @@ class PPO(ScoreShaping, KLControl):
         if self.whiten_advantages:
             advantages = masked_whiten(advantages, mask)
         batch = replace(batch, advantages=advantages, returns=returns, old_values=old_values)
-        return Phase(self._steps(source, batch, state), metrics, groups), state
+        return Phase(self._steps(source, batch, state), metrics, drawn), state
 
     def _at_cutoff(
         self, source: Source, batch: Batch, groups: Sequence[Group], function: Callable[[Batch], Tensor]
@@ -296,6 +299,12 @@ class PPO(ScoreShaping, KLControl):
         if kl := self.kl_formula():
             lines += (*kl, f"term = term + {self.kl_weight()} * kl")
         return *lines, "loss = sum(mask * term) / completion_tokens"
+
+
+def judged(groups: Sequence[Group]) -> tuple[Group, ...]:
+    """The groups without completions that no reward function judged, as there is nothing to learn from these."""
+    kept = (tuple(r for r in group.rollouts if not math.isnan(r.reward)) for group in groups)
+    return tuple(Group(rollouts=rollouts) for rollouts in kept if rollouts)
 
 
 def shuffled(count: int, key: str) -> list[int]:

@@ -84,9 +84,9 @@ class Rejection(ScoreShaping):
     def collect(self, models: Models, source: Source, state: LoopState) -> tuple[Phase, LoopState]:
         groups = source.rollouts(models["policy"], self.prompts_per_phase, self.group_size, state)
         like = torch.zeros((), dtype=numbers_dtype(models["policy"]), device=source.device)
-        scores, state = self.scores(groups, like, state, source.sampling.max_completion_tokens, unjudged=math.nan)
+        scores, state = self.scores(groups, like, state, source.sampling.max_completion_tokens)
         kept = self.kept(groups, scores)
-        metrics = rollout_metrics(groups) | kept_metrics(groups, kept)
+        metrics = rollout_metrics(groups, source.rewards) | kept_metrics(groups, kept)
         if not kept:  # every group agreed, or nothing was good enough
             return Phase((), metrics, groups), state
         pieces = source.microbatches(source.batch(kept, like.dtype))

@@ -219,18 +219,25 @@ def kl_metrics(
     sampling: Sampling,
     max_rows: int = 64,
 ) -> dict[str, float]:
-    """KL of the policy to the reference on its own samples (k1): nats a completion and nats a token."""
+    """KL of the policy to the reference on its own samples (k1): nats a completion, with its standard error over
+    prompts, and nats a token."""
     flat = [(ids, c) for ids, siblings in zip(prompt_ids, sampled, strict=True) for c in siblings]
     rows = [Row(prompt_ids=tuple(ids), completion_ids=c.token_ids) for ids, c in flat]
     device = _device(reference)
-    total, tokens = 0.0, 0
+    drifts = np.array([math.fsum(completion.logprobs) for _, completion in flat])
+    tokens = sum(len(completion.token_ids) for _, completion in flat)
     for index in plan_microbatches([len(row) for row in rows], max_rows):
         batch = collate([rows[i] for i in index], pad_id=template.pad_id).to(device)
-        total -= score(reference, batch, temperature=sampling.temperature).logprobs.double().sum().item()
-    for _, completion in flat:
-        total += math.fsum(completion.logprobs)
-        tokens += len(completion.token_ids)
-    return {"policy/kl_per_sequence": total / len(flat), "policy/kl_per_token": total / tokens}
+        known = score(reference, batch, temperature=sampling.temperature).logprobs
+        drifts[index] -= known.double().sum(-1).cpu().numpy()
+    of_prompts = drifts.reshape(len(sampled), -1).mean(1)
+    return {
+        "policy/kl_per_sequence": float(drifts.mean()),
+        "policy/kl_per_token": float(drifts.sum() / tokens),
+        "policy/kl_standard_error": float(of_prompts.std(ddof=1) / len(sampled) ** 0.5)
+        if len(sampled) > 1
+        else math.nan,
+    }
 
 
 def _device(model: Model) -> torch.device:

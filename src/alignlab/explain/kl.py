@@ -75,7 +75,8 @@ def _controller(method: KLControl, batch: Batch | None, phases: int | None) -> s
     when = f", the next from phase {listed(map(str, method.kl_boundaries))} on" if method.kl_boundaries else ""
     moves = (
         "kl_coef x (1 + clip(KL / target - 1, -0.2, 0.2) x "
-        f"{number(batch.completions) if batch else 'n'} / {number(method.kl_horizon)}) once a phase"
+        f"{number(min(float(batch.completions), method.kl_horizon)) if batch else 'n'} / {number(method.kl_horizon)}) "
+        "once a phase"
     )
     match method.kl_controller:
         case "adaptive":
@@ -85,7 +86,8 @@ def _controller(method: KLControl, batch: Batch | None, phases: int | None) -> s
         case "lr_guard":
             return (
                 f"lr_guard: over {targets} nats a token (k1){when}, the policy's learning rate x "
-                f"{number(method.lr_guard_factor)}, at most {method.lr_guard_patience} times; then the run stops"
+                f"{number(method.lr_guard_factor)} unless the KL has fallen since the last time, at most "
+                f"{method.lr_guard_patience} times in a row; then the run stops"
             )
     return "fixed: it stays as it is"
 
@@ -129,5 +131,10 @@ def _remarks(method: KLControl, facts: Facts, batch: Batch | None, phases: int |
         (moved and fastest < 0.05,
          f"The controller is slow here: at most {100 * fastest:.2g} % a phase{over_run}. Lower kl_horizon for more."),
         (beyond, f"The run has {phases} phases: the target of boundary {listed(map(str, beyond))} is never reached."),
+        (in_reward and facts.get("scale") == "group",
+         "Where siblings earn the same, the group's deviation is that of their KL alone, and noise becomes advantages "
+         "of full size: scale none or batch goes better with a KL in the reward."),
         (method.kl_controller == "lr_guard", "The run may stop early: that is what the guard is for."),
+        (method.kl_controller == "lr_guard" and not method.penalises and len(method.kl_targets_per_token) > 1,
+         "Nothing pulls the policy back: a KL that is above a later target when that begins ends the run there."),
     )  # fmt: skip

@@ -215,7 +215,7 @@ def _gae(facts: Facts) -> Section:
             ("after a cut-off", f"V = {cutoff}"),
             ("return", "R_t = A_t + V_t, before any whitening of A"),
             ("then", f"(A - mean) {whiten}" if get("whiten_advantages") else "advantages are used as they are"),
-            ("unjudged", "a completion that no component judges scores 0, before penalties"),
+            ("unjudged", "a completion that no component judges is left out"),
         ),
         remarks=said(
             (dense and spread == "share",

@@ -520,7 +520,7 @@ class StageRun:
     def _normalise(self, model: ScalarModel) -> None:
         """Shift and scale so that the starting policy's own answers score mean 0 and standard deviation 1."""
         pairs = cast(list[Pair], load_items(self.stage, "pairs", "train"))
-        spread_out = [pair.prompt for pair in pairs[:: max(1, len(pairs) // NORMALISATION_PROMPTS)]]
+        spread_out = [pair.prompt for pair in pairs[:: max(1, math.ceil(len(pairs) / NORMALISATION_PROMPTS))]]
         prompts = fitting_prompts(spread_out, self.template, self.limits)
         reference = frozen_policy(self.choice, self.session.device, seed=self.seed)
         ids = [self.template.encode_prompt(p) for p in prompts]
