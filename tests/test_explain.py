@@ -23,7 +23,7 @@ from alignlab.explain import Explained, explain, explain_stage, render
 from alignlab.explain.facts import facts_of
 from alignlab.explain.loss import GLOSSARY, free_names
 from alignlab.optim import Schedule
-from alignlab.recipe import DataSection, Stage, TrainSection, algorithm_class, load_recipe, read_mapping
+from alignlab.recipe import DataSection, ModelSection, Stage, TrainSection, algorithm_class, load_recipe, read_mapping
 from alignlab.rollout import Reward
 from alignlab.types import LoopState, Step
 from tests.algorithms.formula import arrays, evaluate, numpy_functions, step_inputs
@@ -332,6 +332,8 @@ def test_learning_rates_and_late_roles(tmp_path: Path) -> None:
         ({"name": "ppo", "kl_controller": "adaptive"}, "kl", "The controller is slow here: at most 0.13 % a phase"),
         ({"name": "grpo", "score_normaliser": "ema"}, "reward", "the running normaliser cancels out"),
         ({"name": "grpo", "aggregation": "constant"}, "loss", "the learning rate depends on that limit"),
+        ({"name": "grpo", "variant": "gspo"}, "loss", "A clip of 0.0003 is below rounding, about 0.005 nats a token"),
+        ({"name": "ppo", "clip_low": 0.004}, "loss", "A clip of 0.004 is below rounding"),
     ],
 )
 def test_remarks(algorithm: dict[str, Any], section: str, said: str) -> None:
@@ -355,6 +357,10 @@ def test_remarks_are_made_only_where_they_hold() -> None:
     two_steps = explain_stage(facts_of(stage_of({"name": "grpo", "epochs": 2, "kl_coef": 0.0}), {}), {})
     assert not any("clipped" in remark for remark in two_steps.sections["loss"].remarks)
     assert "nowhere: kl_coef is 0" in dict(two_steps.sections["kl"].lines)["where"]
+    exact = {"algorithm": {"name": "grpo", "variant": "gspo"}, "model": ModelSection(dtype="float32")}
+    for stage in (stage_of(**exact), stage_of({"name": "grpo", "variant": "cispo", "clip_low": 1e-4})):
+        loss = explain_stage(facts_of(stage, {}), {}).sections["loss"]
+        assert not any("below rounding" in remark for remark in loss.remarks)
 
 
 # ---- presets ---------------------------------------------------------------------------------------------------------

@@ -12,7 +12,9 @@ import torch
 from torch import Tensor, nn
 from torch.testing import assert_close
 
+from alignlab.algorithms.distill import Distill
 from alignlab.algorithms.grpo import GRPO
+from alignlab.algorithms.ppo import PPO
 from alignlab.algorithms.sft import SFT
 from alignlab.optim import FIRST_SCALER, AdamWChoice, Schedule, build_optimizers
 from alignlab.train import IDENTITY_TOLERANCE, RunError, phase_seed, train, trained_modules
@@ -249,6 +251,15 @@ def test_real_rounding_is_within_tolerance(dtype: torch.dtype) -> None:
     )
     run.go(3)
     assert run.state.phase == 3
+
+
+NARROW = {"clip_low": 1e-5, "clip_high": 1e-5, "learning_rate": 1e-3, "group_size": 4}
+
+
+@pytest.mark.parametrize("method", [PPO, Distill, GRPO])
+def test_rounding_beyond_a_narrow_clip_is_within_tolerance(method: Any) -> None:
+    run = start_run(method(prompts_per_phase=8, **NARROW), dtype=torch.bfloat16, microbatch_rows=8)
+    assert run.go(1)[0].metrics["policy/clip_fraction"] > 0
 
 
 @pytest.mark.parametrize("slope", [math.nan, math.inf])

@@ -19,16 +19,12 @@ import numpy as np
 import torch
 from torch import nn
 
-from alignlab.algorithms import Algorithm, Models, completion_rows, completion_tokens
+from alignlab.algorithms import IDENTITY_TOLERANCE, Algorithm, Models, completion_rows, completion_tokens
 from alignlab.diagnosis import DiagnosisLimits, diagnose
 from alignlab.optim import FIRST_SCALER, LEAST_SCALE, Schedule, clipped_step, next_scaler, unscale
 from alignlab.rollout import Source
 from alignlab.tracking import Tracker
 from alignlab.types import Directive, LoopState, LossOutput, Phase, Role, Step
-
-IDENTITY_TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-4, torch.bfloat16: 0.05, torch.float16: 0.02}
-"""How far an identity may be off, by the policy's type: ten times the rounding of a trunk pass (a mean over a
-microbatch's tokens; nats for log ratios and KL, relative for values)."""
 
 
 class RunError(RuntimeError):

@@ -645,6 +645,21 @@ def test_dropout_that_is_on_is_found(grpo: Any) -> None:
         run.go(1)
 
 
+def test_rounding_is_no_clipping_and_another_temperature_is() -> None:
+    """GSPO's ranges of 3e-4 and 4e-4 are below the rounding of bfloat16; what is beyond them by more still counts,
+    even if nothing else compared the log ratios."""
+    blind = mutant(module, "gap(scores.logprobs, batch.old_logprobs, batch)", "0.0")
+    for temperature in (1.0, 0.5):
+        for clips in ({"variant": "gspo"}, {"clip_low": 1e-3, "clip_high": 1e-3}):
+            algorithm = blind(prompts_per_phase=8, group_size=4, **clips, temperature=temperature)
+            run = start_run(algorithm, dtype=torch.bfloat16)  # which samples at 1
+            if temperature == 1:
+                run.go(2)
+                continue
+            with pytest.raises(RunError, match=r"phase 0: the clip fraction is .* before any update"):
+                run.go(1)
+
+
 def test_a_temperature_on_one_side_only_is_found(grpo: Any) -> None:
     with pytest.raises(RunError, match=r"log ratio .* a temperature on one side only"):
         start_run(grpo(**FOUR_BY_THREE, temperature=0.7)).go(1)
@@ -719,8 +734,8 @@ MUTANTS: list[tuple[str, str, Any, tuple[Any, ...]]] = [
         ({"surrogate": "sequence", "clip_low": 0.01, "clip_high": 0.01},),
     ),
     (
-        "clipped(bounded, batch.advantages, *clips, self.dual_clip)",
-        "clipped(bounded, batch.advantages, *clips)",
+        "clipped(log_ratio, advantages, self.clip_low, self.clip_high, self.dual_clip)",
+        "clipped(log_ratio, advantages, self.clip_low, self.clip_high)",
         test_metrics,
         ({"dual_clip": 1.06},),
     ),

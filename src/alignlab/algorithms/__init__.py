@@ -12,12 +12,17 @@ from typing import Any, ClassVar, Protocol
 import torch
 from pydantic import BaseModel, ConfigDict, model_validator
 from torch import Tensor
+from torch.nn.functional import softshrink
 
 from alignlab.functional.masked import aggregate, masked_mean
 from alignlab.models import Model, unwrap
 from alignlab.registry import did_you_mean
 from alignlab.rollout import Source
 from alignlab.types import Batch, Directive, LoopState, LossOutput, Phase, Role
+
+IDENTITY_TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-4, torch.bfloat16: 0.05, torch.float16: 0.02}
+"""How far an identity may be off, by the policy's type: ten times the rounding of a trunk pass (a mean over a
+microbatch's tokens; nats for log ratios and KL, relative for values)."""
 
 Models = Mapping[str, Any]
 """Role -> its model: `policy`, `reference`, `reward_model`, `value_model`, `teacher`."""
@@ -118,6 +123,11 @@ def gap(actual: Tensor, expected: Tensor, batch: Batch) -> float:
     return masked_mean((actual - expected).detach().abs(), batch.completion_mask).item()
 
 
+def beyond_rounding(log_ratio: Tensor, model: Model) -> Tensor:
+    """Log ratios drawn towards 0 by what rounding may make of 0: what a clip still holds back has really moved."""
+    return softshrink(log_ratio.detach(), IDENTITY_TOLERANCE[next(unwrap(model).parameters()).dtype])
+
+
 def completion_tokens(batches: Sequence[Batch]) -> float:
     """Completion tokens of all microbatches of a step: the normaliser of a token mean."""
     return float(sum(int(b.completion_mask.sum()) for b in batches))
@@ -134,9 +144,11 @@ def numbers_dtype(model: Model) -> torch.dtype:
 
 
 __all__ = [
+    "IDENTITY_TOLERANCE",
     "Algorithm",
     "Hyperparameters",
     "Models",
+    "beyond_rounding",
     "completion_rows",
     "completion_tokens",
     "gap",

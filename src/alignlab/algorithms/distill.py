@@ -25,6 +25,7 @@ from torch import Tensor
 from alignlab.algorithms import (
     Hyperparameters,
     Models,
+    beyond_rounding,
     completion_rows,
     completion_tokens,
     gap,
@@ -137,6 +138,7 @@ class Distill(Hyperparameters):
         log_ratio = keep(scores.logprobs - batch.old_logprobs, mask)
         terms = clipped_surrogate(log_ratio, batch.advantages, *clips)
         is_clipped = clipped(log_ratio, batch.advantages, *clips).to(log_ratio.dtype)
+        beyond = clipped(beyond_rounding(log_ratio, models["policy"]), batch.advantages, *clips)
         sums = {
             **divergence_sums(keep(scores.logprobs - batch.reference_logprobs, mask), batch),
             "policy/entropy": masked_sum(scores.entropy, batch),
@@ -146,7 +148,7 @@ class Distill(Hyperparameters):
         }
         identities = {
             "the log ratio of policy to sampling policy": gap(scores.logprobs, batch.old_logprobs, batch),
-            "the clip fraction": gap(is_clipped, torch.zeros_like(log_ratio), batch),
+            "the clip fraction": gap(beyond.float(), torch.zeros_like(log_ratio), batch),
         }
         return LossOutput(aggregate(terms, mask, self.aggregation), sums, identities)
 

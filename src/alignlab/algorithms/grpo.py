@@ -17,7 +17,15 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from alignlab.algorithms import Models, completion_rows, completion_tokens, gap, masked_sum, numbers_dtype
+from alignlab.algorithms import (
+    Models,
+    beyond_rounding,
+    completion_rows,
+    completion_tokens,
+    gap,
+    masked_sum,
+    numbers_dtype,
+)
 from alignlab.algorithms._online import KLControl, ScoreShaping, with_reference
 from alignlab.forward import score
 from alignlab.functional.advantages import component_advantages, group_advantages, running_advantages
@@ -221,19 +229,18 @@ class GRPO(ScoreShaping, KLControl):
         if self.surrogate == "cispo":
             logprobs = torch.where(mask, scores.logprobs, 0.0)
             terms = clipped_importance(logprobs, log_ratio, batch.advantages, 1 + self.clip_high)
-            is_clipped = log_ratio.exp() > 1 + self.clip_high
         else:
             terms = clipped_surrogate(bounded, batch.advantages, *clips, self.dual_clip)
-            is_clipped = clipped(bounded, batch.advantages, *clips, self.dual_clip)
+        beyond = beyond_rounding(bounded, models["policy"])
         sums = {
             "policy/entropy": masked_sum(scores.entropy, batch),
             "policy/approx_kl": masked_sum(0.5 * log_ratio**2, batch),
-            "policy/clip_fraction": masked_sum(is_clipped.float(), batch),
+            "policy/clip_fraction": masked_sum(self._is_clipped(bounded, batch.advantages), batch),
             "policy/ratio": masked_sum(log_ratio.exp(), batch),
         }
         identities = {
             "the log ratio of policy to sampling policy": gap(scores.logprobs, batch.old_logprobs, batch),
-            "the clip fraction": gap(is_clipped.float(), torch.zeros_like(log_ratio), batch),
+            "the clip fraction": gap(self._is_clipped(beyond, batch.advantages), torch.zeros_like(beyond), batch),
         }
         if self.entropy_coef:
             terms = terms - self.entropy_coef * scores.entropy
@@ -245,6 +252,12 @@ class GRPO(ScoreShaping, KLControl):
             if state.step == 0:
                 identities["KL to the reference"] = gap(scores.logprobs, batch.reference_logprobs, batch)
         return LossOutput(aggregate(terms, mask, self.aggregation), sums, identities)
+
+    def _is_clipped(self, log_ratio: Tensor, advantages: Tensor) -> Tensor:
+        """(B, T) 1.0 where a ratio is bounded, so that it has no gradient (CISPO: a smaller weight)."""
+        if self.surrogate == "cispo":
+            return (log_ratio.exp() > 1 + self.clip_high).float()
+        return clipped(log_ratio, advantages, self.clip_low, self.clip_high, self.dual_clip).float()
 
     def observe(self, state: LoopState, metrics: Mapping[str, float]) -> tuple[LoopState, Directive]:
         return self.guarded(state, metrics)

@@ -21,7 +21,7 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from alignlab.algorithms import Models, completion_tokens, gap, masked_sum, numbers_dtype
+from alignlab.algorithms import Models, beyond_rounding, completion_tokens, gap, masked_sum, numbers_dtype
 from alignlab.algorithms._online import KLControl, ScoreShaping, swept, with_reference
 from alignlab.errors import UserError
 from alignlab.forward import final_values, prefix_rewards, rewards, score_and_values, values
@@ -244,6 +244,7 @@ class PPO(ScoreShaping, KLControl):
         if self.entropy_coef:  # an entropy that is differentiated costs a second pass over the vocabulary
             terms = terms - self.entropy_coef * scores.entropy
         is_clipped = clipped(log_ratio, batch.advantages, *clips)
+        beyond = clipped(beyond_rounding(log_ratio, models["policy"]), batch.advantages, *clips)
         sums = {
             "loss/policy": masked_sum(policy_terms, batch),
             "loss/value": masked_sum(value_terms, batch),
@@ -258,7 +259,7 @@ class PPO(ScoreShaping, KLControl):
             sums["value/clip_fraction"] = masked_sum(moved.float(), batch)
         identities = {
             "the log ratio of policy to sampling policy": gap(scores.logprobs, batch.old_logprobs, batch),
-            "the clip fraction": gap(is_clipped.float(), torch.zeros_like(log_ratio), batch),
+            "the clip fraction": gap(beyond.float(), torch.zeros_like(log_ratio), batch),
             "the relative change of the values": gap(value, batch.old_values, batch)
             / (1 + gap(batch.old_values, torch.zeros_like(value), batch)),
         }

@@ -5,6 +5,9 @@ from __future__ import annotations
 import ast
 from collections.abc import Mapping, Sequence
 
+import torch
+
+from alignlab.algorithms import IDENTITY_TOLERANCE
 from alignlab.explain.batch import Batch
 from alignlab.explain.facts import Facts
 from alignlab.explain.section import Section, lines, number, said
@@ -139,9 +142,26 @@ def _denominator(line: str) -> set[str]:
     return {node.id for node in ast.walk(value.right) if isinstance(node, ast.Name)}
 
 
+def _below_rounding(facts: Facts) -> str:
+    """What there is to say of a clip range within which the numbers of the policy's type cannot tell ratios apart."""
+    auto = facts.stage.model.dtype == "auto"
+    dtype = "bfloat16" if auto else facts.stage.model.dtype
+    rounding = IDENTITY_TOLERANCE[getattr(torch, dtype)] / 10
+    ends = [facts.get("clip_high")] + ([facts.get("clip_low")] if facts.get("surrogate") != "cispo" else [])
+    if min(ends) >= rounding:
+        return ""
+    where = f"{dtype}, which model.dtype auto is on CUDA" if auto else dtype
+    return (
+        f"A clip of {number(min(ends))} is below rounding, about {number(rounding)} nats a token in {where}: some "
+        "ratios are clipped before any update, and their tokens have no gradient. Take model.dtype float32 or a wider "
+        "clip."
+    )
+
+
 def _remarks(facts: Facts, batch: Batch | None, formula: Sequence[str]) -> tuple[str, ...]:
     final = formula[-1]
     clips = "ratio" in " ".join(formula) and facts.get("clip_high") is not None
+    narrow = _below_rounding(facts) if clips else ""
     single = batch is not None and batch.steps_per_phase == 1
     grouped = facts.get("baseline") == "group" and facts.get("surrogate") is not None
     return said(
@@ -151,12 +171,13 @@ def _remarks(facts: Facts, batch: Batch | None, formula: Sequence[str]) -> tuple
          "A mean of row means: a token of a short completion counts for more than one of a long completion."),
         ("max_completion_tokens" in final,
          "A constant below: the loss shrinks with max_completion_tokens, so the learning rate depends on that limit."),
-        (clips and single,
+        (clips and single and not narrow,
          "One optimiser step a phase: at it the ratio is 1 everywhere, so nothing is ever clipped, and the gradient is "
          "that of advantages x log pi."),
         (grouped and clips,
          "A loss near 0 is normal: the advantages of a group cancel at ratio 1, their gradients do not."),
         (facts.get("surrogate") == "sequence",
          "The clip ranges of a sequence ratio are far smaller than a token's (3e-4 and 4e-4 in the paper)."),
+        (narrow, narrow),
         (facts.get("rpo_alpha"), "rpo_alpha adds the chosen completion's mean negative log-likelihood a token."),
     )  # fmt: skip
