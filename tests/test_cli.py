@@ -70,6 +70,19 @@ def refused(result: Finished, *said: str, lines: int = 1) -> None:
     assert not re.search(r"Traceback|pydantic|site-packages|\.py\b", result.err), result.err
 
 
+def test_a_run_without_a_step_says_so(recipe: Path) -> None:
+    """A threshold that nothing reaches: the diagnosis names it and the best score, and the result what it is."""
+    method = "algorithm={name: rejection, min_reward: 99, drop_constant: false, prompts_per_phase: 4, group_size: 2}"
+    reward = "reward={length: {weight: 1, limit: 0, buffer: 1}}"
+    off = "evaluation.prompts_per_task=0"
+    result = alignlab("train", recipe, method, reward, off, "--output", recipe.parent / "run")
+    assert result.code == 0, result
+    assert "note: no optimiser step was taken: this is what it started from" in result.out
+    assert "no_step: no optimiser step for 3 phases: nothing was kept (best score seen -1)" in result.err
+    steps = alignlab("train", recipe, "--output", recipe.parent / "other", "-q")
+    assert steps.code == 0 and "note" not in steps.out
+
+
 # ---- bad input -------------------------------------------------------------------------------------------------------
 
 

@@ -145,6 +145,13 @@ def two_steps(share: float) -> list[dict[str, Any]]:
     ]
 
 
+def without_steps(best: float, *stepless: int) -> list[dict[str, Any]]:
+    """Rejection sampling in which some phases keep nothing; the best score of phase 4 is `best`, of the others 0."""
+    rows = online(lambda p: {"ledger/completions": 8.0, "rejection/best_score": best if p == 4 else 0.0,
+                             "rejection/kept_fraction": 0.0 if p in stepless else 0.1})  # fmt: skip
+    return [{k: v for k, v in row.items() if k != "loss/total" or row["phase"] not in stepless} for row in rows]
+
+
 CASES = [
     Case("not_finite", online(from_phase(7, policy__ratio=math.inf)), 7, online(), "policy/ratio is not a finite"),
     # 3 standard errors of .1, three phases in a row
@@ -182,6 +189,10 @@ CASES = [
          evaluated((0.5, 16.0), (0.5, 16.0), (0.52, 16.0), (0.55, 16.0), rise=0.6), "the held-out score is 0.490"),
     Case("component_dominates", online(from_phase(7, reward_share__a=0.95, reward_share__b=0.05)), 9,
          online(from_phase(7, reward_share__a=0.9, reward_share__b=0.1)), "95% of the reward's variance"),
+    Case("silent_reward", online(lambda p: {"reward_judged/a": 0.25 * (p < 7), "reward_judged/b": 1.0}), 9,
+         online(lambda p: {"reward_judged/a": 0.25 * (p % 3 == 0), "reward_judged/b": 1.0}), "'a' judged no"),
+    Case("no_step", without_steps(0.7, *range(7, PHASES)), 9, without_steps(0.7, 7, 8, 10, 11),
+         "no optimiser step for 3 phases: nothing was kept (best score seen 0.7)"),
     # .6 -> 0 from phase 6 on: .6 (.8^n) is below .18 from n = 6 on
     Case("same_completions", online(from_phase(6, group__distinct_fraction=0.0), 20), 13,
          online(from_phase(6, group__distinct_fraction=0.2), 60), "among siblings fell from 0.60 to"),
@@ -292,6 +303,21 @@ def test_the_logprobs_of_an_online_method_are_of_other_completions_every_time() 
 
 def test_a_single_component_cannot_dominate() -> None:
     assert appeared(phases(reward_share__a=1.0)) == []
+
+
+def test_components_that_are_silent_in_turns_are_not_off() -> None:
+    rows = online(lambda p: {f"reward_judged/{name}": float(i == p % 3) for i, name in enumerate("abc")})
+    assert appeared(rows) == []
+
+
+def test_a_phase_without_a_step_where_nothing_is_kept_or_rejected() -> None:
+    """Of a method on groups, with the number of phases counted on; an evaluation between does not count."""
+    rows = [{"phase": p, "ledger/completions": 8.0} for p in range(4)]
+    rows.insert(2, evaluation(1, score=0.5))
+    seen = watch(rows)
+    assert [(i, f.id) for i, s in enumerate(seen) for f in s.appeared] == [(3, "no_step")]
+    assert "no optimiser step for 3 phases: no group says which" in seen[3].findings[0].sentence
+    assert "for 4 phases" in seen[4].findings[0].sentence
 
 
 def test_a_spike_is_one_of_fifteen_norms_and_said_each_time() -> None:

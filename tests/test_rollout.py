@@ -365,6 +365,9 @@ def test_shares_of_the_variance() -> None:
         found = rollout_metrics([group], rewards)
         return {k.removeprefix("reward_share/"): v for k, v in found.items() if k.startswith("reward_share/")}
 
+    silent = [Reward(name=n, function=lambda p, c: [], weight=1.0) for n in ("a", "off")]
+    found = rollout_metrics([group], silent)
+    assert (found["reward_judged/a"], found["reward_judged/off"]) == (0.8, 0.0)
     assert shares("a", "b") == pytest.approx({"a": 0.2, "b": 0.8})
     assert shares("a") == shares() == {}
     assert rollout_metrics([Group(rollouts=(made[0], made[0]))], ()).keys().isdisjoint({"reward_share/a"})

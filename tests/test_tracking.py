@@ -226,7 +226,7 @@ def explained(metric: str, known: dict[str, tuple[str, ...]]) -> bool:
     """Whether the glossary has the metric: as it is, by its part after `evaluation/`, or with TASK or NAME in it."""
     candidates = {metric, metric.removeprefix("evaluation/")}
     candidates |= {re.sub(r"^(reasoning|safety|clinical|code|gsm8k)/", "TASK/", name) for name in candidates}
-    candidates |= {re.sub(r"^(reward|reward_share)/\w+$", r"\1/NAME", name) for name in candidates}
+    candidates |= {re.sub(r"^(reward|reward_share|reward_judged)/\w+$", r"\1/NAME", name) for name in candidates}
     return any(name in known for name in candidates)
 
 
@@ -264,7 +264,7 @@ def test_what_the_diagnosis_reads_is_written_by_somebody() -> None:
 
 def test_the_glossary_has_nothing_that_is_never_written() -> None:
     named_otherwise = {"phase", "step", "phases_done", "ended", "diagnosis", "score", "score_standard_error",
-                       "reward/NAME", "reward_share/NAME", "TASK/accuracy"}  # fmt: skip
+                       "reward/NAME", "reward_share/NAME", "reward_judged/NAME", "TASK/accuracy"}  # fmt: skip
     totals = ("trained_rows", "trained_tokens", "optimizer_steps", "phases", "seconds", "peak_memory_bytes",
               "evaluation_completions", "evaluation_generated_tokens")  # fmt: skip
     assert not glossary().keys() - written() - named_otherwise - {f"ledger/{name}" for name in totals}

@@ -90,6 +90,10 @@ def train(
         results = run_recipe(loaded, output, resume=resume, debug=debug, quiet=quiet)
         for result in results:
             print(f"{result.kind.replace('_', ' ')}: {result.model}")
+            if not result.ledger["optimizer_steps"]:
+                print(
+                    f"note: no optimiser step was taken: this is what it started from; see {result.folder}/stage.json"
+                )
         print(f"run folder: {output}  ({time.monotonic() - started:.0f} s)")
 
 

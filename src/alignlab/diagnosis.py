@@ -615,6 +615,48 @@ def _loss_near_zero(facts: _Facts) -> _Verdict | None:
     )
 
 
+def _silent_reward(facts: _Facts) -> _Verdict | None:
+    """Each component by itself: a task with few prompts may be missing in a phase by chance."""
+    judged = {n.removeprefix("reward_judged/"): s for n in facts.metrics if n.startswith("reward_judged/")
+              if (s := facts.of_phase(n)) is not None}  # fmt: skip
+    for name, share in judged.items():
+        facts.memory[f"silent/{name}"] = 0.0 if share else facts.memory.get(f"silent/{name}", 0.0) + 1
+    silent = [repr(name) for name in judged if facts.memory[f"silent/{name}"] >= facts.limits.patience]
+    if not judged:
+        return None
+    if not silent:
+        return FINE
+    return _Verdict(
+        f"{' and '.join(silent)} judged no completion of the last {facts.limits.patience} phases: as if the reward had "
+        "no such component. Its tasks are not the data's, or the rows lack what it reads (an answer, a format). Mend "
+        "it, or drop it with reward.NAME=null",
+        sure=True,
+    )
+
+
+def _no_step(facts: _Facts) -> _Verdict | None:
+    """The phases of a method that samples have a row without a loss where there was nothing to learn from."""
+    memory, best = facts.memory, facts.of("rejection/best_score")
+    if best is not None:
+        memory["best_score"] = max(best, memory.get("best_score", best))
+    if facts.of_phase("ledger/completions") is None:
+        return None
+    memory["no_step"] = 0.0 if "loss/total" in facts.metrics else memory.get("no_step", 0.0) + 1
+    if not memory["no_step"]:
+        return FINE
+    why = (
+        "no group says which of its completions is better, or all were cut off. Take other prompts, a larger "
+        "group_size, a finer reward, or a higher data.max_completion_tokens"
+    )
+    if facts.of("rejection/kept_fraction") is not None:
+        seen = f"best score seen {memory['best_score']:.3g}" if "best_score" in memory else "nothing was judged"
+        why = (
+            f"nothing was kept ({seen}). Lower min_reward, take a larger group_size or other prompts, or read "
+            "completions.jsonl: does the reward fit the data?"
+        )
+    return _Verdict(f"no optimiser step for {memory['no_step']:.0f} phases: {why}")
+
+
 def _shown(facts: _Facts, name: str) -> str:
     value = facts.of(name)
     return "?" if value is None else f"{value:.3g}"
@@ -647,6 +689,8 @@ RULES = (
     _Rule("length_hack", "warning", "evaluations", _length_hack),
     _Rule("reward_hack", "warning", "evaluations", _reward_hack),
     _Rule("component_dominates", "note", "phases", _component_dominates),
+    _Rule("silent_reward", "warning", "phases", _silent_reward),
+    _Rule("no_step", "warning", "phases", _no_step),
     _Rule("same_completions", "warning", "phases", _same_completions),
     _Rule("little_variety", "warning", "evaluations", _little_variety),
     _Rule("loss_near_zero", "note", "once", _loss_near_zero),

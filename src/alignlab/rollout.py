@@ -400,7 +400,8 @@ def stopped_tensor(groups: Sequence[Group], like: Tensor) -> Tensor:
 
 def rollout_metrics(groups: Sequence[Group], rewards: Sequence[Reward] = ()) -> dict[str, float]:
     """What is worth knowing about a phase's rollouts: lengths, stop reasons, how siblings differ; where something was
-    judged, rewards by component and constant groups, and with the reward functions what each adds to the variance."""
+    judged, rewards by component and constant groups, and with the reward functions how many completions each judged and
+    what it adds to the variance."""
     rollouts = [r for g in groups for r in g.rollouts]
     scores = np.array([r.reward for r in rollouts])
     lengths = np.array([len(r.completion.token_ids) for r in rollouts])
@@ -425,6 +426,8 @@ def rollout_metrics(groups: Sequence[Group], rewards: Sequence[Reward] = ()) -> 
             metrics["group/constant_fraction"] = float(np.mean([is_constant(group) for group in groups]))
     for name in sorted({k for r in rollouts for k in r.breakdown}):
         metrics[f"reward/{name}"] = float(np.mean([r.breakdown[name] for r in rollouts if name in r.breakdown]))
+    for name in dict.fromkeys(reward.name for reward in rewards):
+        metrics[f"reward_judged/{name}"] = float(np.mean([name in r.breakdown for r in rollouts]))
     return metrics | _variance_shares(groups, rewards)
 
 

@@ -226,6 +226,7 @@ def test_metrics_by_hand(rejection: Any) -> None:
     assert_close(metrics["rejection/kept_reward"], float(np.mean(rewards)), **FLOAT64)
     assert_close(metrics["reward/mean"], float(np.mean([r.reward for r in everything])), **FLOAT64)
     assert metrics["rejection/kept_reward"] > metrics["reward/mean"]
+    assert metrics["rejection/best_score"] == max(r.reward for r in everything)
     (whole,) = source(microbatch_rows=64).plan_rows(
         [Row(prompt_ids=r.prompt_ids, completion_ids=r.completion.token_ids) for r in kept]
     )
@@ -244,6 +245,7 @@ def test_a_phase_in_which_nothing_is_kept_trains_nothing_and_is_logged(rejection
     assert run.state.phase == 2 and run.state.step == 0 and run.state.counters["completions"] == 24
     assert [row["rejection/kept_fraction"] for row in run.recorder.rows] == [0.0, 0.0]
     assert all(math.isnan(row["rejection/kept_reward"]) for row in run.recorder.rows)
+    assert run.column("rejection/best_score") == [pytest.approx(0.3)] * 2
 
 
 def test_samples_come_from_the_policy_of_the_phase(rejection: Any) -> None:

@@ -86,7 +86,7 @@ class Rejection(ScoreShaping):
         like = torch.zeros((), dtype=numbers_dtype(models["policy"]), device=source.device)
         scores, state = self.scores(groups, like, state, source.sampling.max_completion_tokens)
         kept = self.kept(groups, scores)
-        metrics = rollout_metrics(groups, source.rewards) | kept_metrics(groups, kept)
+        metrics = rollout_metrics(groups, source.rewards) | kept_metrics(groups, kept, scores)
         if not kept:  # every group agreed, or nothing was good enough
             return Phase((), metrics, groups), state
         pieces = source.microbatches(source.batch(kept, like.dtype))
@@ -124,13 +124,14 @@ class Rejection(ScoreShaping):
         return ("loss = sum(mask * -logprobs) / completion_tokens",)
 
 
-def kept_metrics(groups: Sequence[Group], kept: Sequence[Group]) -> dict[str, float]:
-    """How much of a phase's samples is trained on, and what it earned."""
+def kept_metrics(groups: Sequence[Group], kept: Sequence[Group], scores: Tensor) -> dict[str, float]:
+    """How much of a phase's samples is trained on, what it earned, and the best score (N,) of all, kept or not."""
     rewards = [r.reward for group in kept for r in group.rollouts]
     total = sum(len(group.rollouts) for group in groups)
     return {
         "rejection/kept_fraction": len(rewards) / total,
         "rejection/kept_reward": float(np.mean(rewards)) if rewards else math.nan,
+        "rejection/best_score": max((s for s in scores.tolist() if not math.isnan(s)), default=math.nan),
     }
 
 
