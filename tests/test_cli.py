@@ -122,11 +122,56 @@ BAD_OVERRIDES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     ),
     "unknown option of a reward": (
         ("algorithm={name: grpo}", "reward={length: {limt: 9}}"),
-        ("reward 'length'", "limt"),
+        ("reward.length.limt: unknown option; did you mean 'limit'?",),
+    ),
+    "option of a reward that does not exist": (
+        ("algorithm={name: grpo}", "reward={exact: {weight: 1, colour: red}}"),
+        ("reward.exact.colour: unknown option; it takes mode",),
+    ),
+    "options of a reward in a mapping of their own": (
+        ("algorithm={name: grpo}", "reward={length: {weight: 1, options: {limit: 3}}}"),
+        ("reward.length.options: unknown option; options stand beside weight: {weight: 1, limit: 3}",),
+    ),
+    "wrong type of a reward's option": (
+        ("algorithm={name: grpo}", "reward={length: {limit: many}}"),
+        ("reward.length.limit: a whole number is needed, not 'many'",),
+    ),
+    "wrong choice of a reward's option": (
+        ("algorithm={name: grpo}", "reward={exact: {mode: loose}}"),
+        ("reward.exact.mode: strict or flexible is needed, not 'loose'",),
+    ),
+    "misspelt task of a reward": (
+        ("algorithm={name: grpo}", "data={task: [reasoning, code]}", "reward={exact: {tasks: reasonning}}"),
+        ("reward.exact.tasks: no task 'reasonning' in data.task (reasoning, code); did you mean 'reasoning'?",),
+    ),
+    "reward without what it reads": (
+        ("algorithm={name: grpo, prompts_per_phase: 2}", "reward={format: 1}", "evaluation.prompts_per_task=0"),
+        ("no function ('format') judged any", "format needs a column `format` that is reasoning_answer (data.columns"),
+    ),
+    "reward that is a name": (("algorithm={name: grpo}", "reward=length"), ("reward: ", "reward={length: 1}")),
+    "reward whose entry is a name": (
+        ("algorithm={name: grpo}", "reward={length: high}"),
+        ("reward: length: a weight is needed", "not 'high'"),
+    ),
+    "reward without a space": (
+        ("algorithm={name: grpo}", "reward={length:0.5}"),
+        ("a space is missing after the colon of 'length:0.5': write {length: 0.5}",),
+    ),
+    "reward of which nothing is left": (
+        ("algorithm={name: grpo}", "reward={length: null}"),
+        ("reward: every component is null", "default rewards"),
+    ),
+    "reward that is no function": (
+        ("algorithm={name: grpo}", "reward={'math:pi': 1}"),
+        ("reward 'math:pi' is 3.14159", "not a function of (prompts, completions)"),
+    ),
+    "reward that is a module": (
+        ("algorithm={name: grpo}", "reward={os.path: 1}"),
+        ("reward 'os.path' is a module, not a function",),
     ),
     "bad option of a reward": (
         ("algorithm={name: grpo}", "reward={length: {limit: -1, buffer: 4}}"),
-        ("reward 'length'", "limit >= 0"),
+        ("reward.length: needs limit >= 0",),
     ),
     "reward that cannot be imported": (
         ("algorithm={name: grpo}", "reward={my_package.my_reward: 1}"),
@@ -147,6 +192,7 @@ BAD_OVERRIDES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "missing validation file": (("data.validation_path=none.jsonl",), ("none.jsonl", "no such file")),
     "folder as data": (("data.path=.",), ("is a folder",)),
     "bad column": (("data.columns={prompt: qestion}",), ("no column 'qestion'", "found: prompt, completion, answer")),
+    "two tasks of one file": (("data.task=[reasoning, code]",), ("is one task, not reasoning, code", "data.task=[]")),
     "no data": (("data.path=null",), ("names neither a task",)),
     "everything too long": (("data.max_prompt_tokens=1",), ("none of", "raise data.max_prompt_tokens")),
     "validation that cannot be graded": (
@@ -157,6 +203,11 @@ BAD_OVERRIDES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
         ("model.adapter={target_modules: query}",),
         ("query match nothing", "q_proj"),
     ),
+    "adapter by a paper's name": (
+        ("model.adapter=qlora",),
+        ("for QLoRA take model.adapter=lora model.quantization=4bit",),
+    ),
+    "unknown adapter": (("model.adapter=ia3",), ("'ia3' is no adapter; there is lora",)),
     "half precision": (("model.dtype=float16",), ("Gemma overflows in float16",)),
 }
 

@@ -342,6 +342,13 @@ def test_remarks(algorithm: dict[str, Any], section: str, said: str) -> None:
     assert any(said in remark for remark in found.remarks), found.remarks
 
 
+def test_a_component_whose_tasks_are_not_the_datas_is_remarked() -> None:
+    for tasks, silent in (("code", True), ("reasoning", False), ((), False)):
+        stage = stage_of({"name": "grpo"}, reward={"length": {"tasks": tasks}})
+        remarks = explain_stage(facts_of(stage, {}), {}).sections["reward"].remarks
+        assert any("length: none of the tasks is in data.task" in remark for remark in remarks) == silent
+
+
 def test_the_controller_is_as_slow_as_it_is_said_to_be() -> None:
     """The most that a phase of 64 completions moves kl_coef by, whatever the KL: .2 x 64 / 10,000 = .128 %."""
     algorithm = algorithm_class("ppo")(kl_controller="adaptive", kl_coef=1.0)

@@ -77,6 +77,14 @@ def test_pipeline_stages_inherit_what_stands_beside_them(tmp_path: Path) -> None
     assert all(s.data.task == ("safety",) for s in recipe.stages)
 
 
+def test_a_null_takes_an_inherited_component_out(tmp_path: Path) -> None:
+    write(tmp_path, "algorithm: grpo\nreward: {exact: 1, learned: 0.5, length: {weight: 2, limit: 3}}\n", "base.yaml")
+    path = write(tmp_path, "extends: base.yaml\nreward: {learned: null}\n")
+    assert list(load_recipe(path).stages[0].reward) == ["exact", "length"]
+    assert list(load_recipe(path, ["reward.exact=null"]).stages[0].reward) == ["length"]
+    assert load_recipe(path, ["reward=null"]).stages[0].reward == {}
+
+
 def test_debug_is_two_phases_of_every_stage(tmp_path: Path) -> None:
     recipe = load_recipe(write(tmp_path, GOOD + "train: {num_phases: 500}\n"), debug=True)
     assert recipe.stages[0].train.num_phases == 2

@@ -183,8 +183,17 @@ def test_contract(values: Any, message: str) -> None:
 def test_no_reward_for_any_task_here() -> None:
     with pytest.raises(UserError, match=r"reward: no function \('mine'\) judged any of 2 completions, .* task 'sums'"):
         combine([reward([1.0], tasks=("elsewhere",))], TWO_PROMPTS, TWO)
-    with pytest.raises(UserError, match="none is named"):
+    with pytest.raises(UserError, match=r"none is named.*; name one under `reward`"):
         combine([], TWO_PROMPTS, TWO)
+
+
+def test_why_nothing_was_judged() -> None:
+    """By the tasks of a component, by what its prompts lack, or by its own silence."""
+    silent = [reward([1.0], "a", tasks=("elsewhere",)), replace(reward([None, None], "b"), needs="an `answer`"),
+              reward([None, None], "c")]  # fmt: skip
+    said = r"; a is for elsewhere only \(`tasks`\); b needs an `answer` \(.*\); c gave None for each$"
+    with pytest.raises(UserError, match=said):
+        combine(silent, TWO_PROMPTS, TWO)
 
 
 def test_interrupts_are_not_rewards() -> None:

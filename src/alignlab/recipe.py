@@ -100,6 +100,10 @@ class ModelSection(Section):
     @field_validator("adapter", mode="before")
     @classmethod
     def _lora_by_name(cls, value: object) -> object:
+        if value == "qlora":
+            raise ValueError("for QLoRA take model.adapter=lora model.quantization=4bit")
+        if isinstance(value, str) and value != "lora":
+            raise ValueError(f"{value!r} is no adapter; there is lora, or its settings, e.g. {{rank: 16, alpha: 32}}")
         return {} if value == "lora" else value
 
     @model_validator(mode="after")
@@ -265,6 +269,21 @@ class RewardEntry(Section):
         return dict(self.model_extra or {})
 
 
+def _is_dropped(name: str, value: object) -> bool:
+    """`learned: null` takes an inherited component out."""
+    head, colon, weight = name.rpartition(":")
+    if value is None and colon and re.fullmatch(r"[-+.\d][-+.\de]*", weight):
+        raise ValueError(f"a space is missing after the colon of {name!r}: write {{{head}: {weight}}}")
+    return value is None
+
+
+def _entry(name: str, value: object) -> object:
+    """`length: 1` means `length: {weight: 1}`."""
+    if isinstance(value, str | list):
+        raise ValueError(f"{name}: a weight is needed, or {{weight: 1}} with options beside it, not {value!r}")
+    return {"weight": value} if isinstance(value, int | float) else value
+
+
 class Stage(Section):
     """One training stage: what is trained, from where, on what, how."""
 
@@ -283,7 +302,8 @@ class Stage(Section):
     model: ModelSection = ModelSection()
     data: DataSection = DataSection()
     reward: dict[str, RewardEntry] = {}
-    """Component -> weight, or {weight, tasks, options}; empty = the tasks' default rewards."""
+    """Component -> weight, or {weight, tasks, and its options}, or null to take it out; empty = the tasks' default
+    rewards."""
     train: TrainSection = TrainSection()
     evaluation: EvaluationSection = EvaluationSection()
 
@@ -306,9 +326,15 @@ class Stage(Section):
     @field_validator("reward", mode="before")
     @classmethod
     def _weights(cls, value: object) -> object:
+        if isinstance(value, str | list):
+            named = ", ".join(f"{name}: 1" for name in ([value] if isinstance(value, str) else value))
+            raise ValueError(f"a mapping of components to weights is needed, reward={{{named}}}")
         if not isinstance(value, Mapping):
-            return value
-        return {k: {"weight": v} if isinstance(v, int | float) else v for k, v in value.items()}
+            return value or {}
+        kept = {k: _entry(str(k), v) for k, v in value.items() if not _is_dropped(str(k), v)}
+        if value and not kept:
+            raise ValueError("every component is null; leave `reward` out for the default rewards of the tasks")
+        return kept
 
     @field_validator("name")
     @classmethod

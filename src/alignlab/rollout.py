@@ -39,6 +39,8 @@ class Reward:
     weight: float
     tasks: tuple[str, ...] = ()
     """Only prompts of these tasks; empty = all."""
+    needs: str = ""
+    """What a prompt must have for it, in words; empty = nothing."""
 
 
 class Judged(NamedTuple):
@@ -80,12 +82,21 @@ def combine(
         names = ", ".join(repr(reward.name) for reward in rewards) or "none is named"
         raise UserError(
             f"reward: no function ({names}) judged any of {len(prompts)} completions, the first being "
-            f"{_sample(prompts[0], completions[0])} of task {prompts[0].task!r}; see `tasks` and what the data hold"
+            f"{_sample(prompts[0], completions[0])} of task {prompts[0].task!r}; "
+            + ("; ".join(_why_silent(reward, prompts) for reward in rewards) or "name one under `reward`")
         )
     return [
         Judged(total if b else math.nan, b, None if tokens is None else tuple(tokens.tolist()))
         for total, b, tokens in zip(totals, breakdowns, by_token, strict=True)
     ]
+
+
+def _why_silent(reward: Reward, prompts: Sequence[Prompt]) -> str:
+    if reward.tasks and not any(prompt.task in reward.tasks for prompt in prompts):
+        return f"{reward.name} is for {', '.join(reward.tasks)} only (`tasks`)"
+    if reward.needs:
+        return f"{reward.name} needs {reward.needs} (data.columns maps other names)"
+    return f"{reward.name} gave None for each"
 
 
 def _values(

@@ -120,12 +120,15 @@ def reward_section(facts: Facts) -> Section | None:
         found.append(Line("use", "none: the method learns without a reward; what stands here is only logged"))
         return Section(title="Reward of a completion", lines=tuple(found))
     default = (not facts.stage.reward, "The recipe names no reward: these are the defaults of its tasks.")
+    data = facts.stage.data.task
+    absent = [name for name, entry in _components(facts) if data and entry.tasks and not {*data} & {*entry.tasks}]
+    silent = f"{listed(absent)}: none of the tasks is in data.task, so nothing is judged by it."
     shaping = facts.method if isinstance(facts.method, ScoreShaping) else None
     total = "the weighted sum of the components that apply"
     return Section(
         title="Reward of a completion",
         lines=(*found, Line("reward", total), *(score_lines(shaping, facts) if shaping else ())),
-        remarks=said(default, *(_score_remarks(shaping, facts) if shaping else ())),
+        remarks=said(default, (absent, silent), *(_score_remarks(shaping, facts) if shaping else ())),
     )
 
 

@@ -35,7 +35,10 @@ def _data_sources(stage: Stage, kind: Kind, split: Split) -> list[DataSource]:
             raise UserError(f"stage {stage.name}: data names neither a task of the starter, nor a path, nor a hub set")
         return [_starter_source(stage.name, task, kind, split, data.limit) for task in data.task]
     if len(data.task) > 1:
-        raise UserError(f"stage {stage.name}: one file or hub set is one task, not {', '.join(data.task)}")
+        raise UserError(
+            f"stage {stage.name}: one file or hub set is one task, not {', '.join(data.task)}; set data.task to the "
+            "one that grades its prompts, or data.task=[] where none does or the rows name their own"
+        )
     ours = {"task", "max_prompt_tokens", "max_completion_tokens"}
     return [DataSource(task=data.task[0] if data.task else "", **data.model_dump(exclude=ours))]
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import inspect
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any
+from types import ModuleType, NoneType, UnionType
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from alignlab import registry
 from alignlab.errors import UserError
@@ -52,11 +53,13 @@ def check_rewards(stage: Stage) -> None:
     """Says what is wrong with a stage's rewards before anything is loaded or trained.
 
     Raises:
-        UserError: no such reward (with the nearest name), an option it does not take, or `learned` without a model.
+        UserError: no such reward or task (with the nearest name), an option it does not take, or `learned` without a
+            model.
     """
     if not uses_rewards(stage):
         return
     for name, entry in reward_entries(stage):
+        _check_tasks(stage, name, entry)
         given: dict[str, Any] = {}
         if name == "learned":
             if stage.reward_model is None:
@@ -77,7 +80,8 @@ def build_rewards(stage: Stage, learned: Callable[[], Mapping[str, Any]]) -> lis
         return rewards
     for name, entry in reward_entries(stage):
         function = _bind(name, {**_options(name, entry), **(learned() if name == "learned" else {})})
-        rewards.append(Reward(name=name, function=function, weight=entry.weight, tasks=entry.tasks))
+        needs = str(getattr(registry.resolve("rewards", name), "NEEDS", ""))
+        rewards.append(Reward(name=name, function=function, weight=entry.weight, tasks=entry.tasks, needs=needs))
     return rewards
 
 
@@ -125,16 +129,90 @@ def _force(entry: RewardEntry) -> bool:
     return force
 
 
+def _check_tasks(stage: Stage, name: str, entry: RewardEntry) -> None:
+    """A task that does not exist would switch the component off; one that exists is just not among the data's."""
+    known = (*stage.data.task, *registry.names("tasks"))
+    for task in entry.tasks if stage.data.task else ():  # else the rows say their tasks
+        if task not in known and not {".", ":"} & set(task):
+            hint = registry.did_you_mean(task, known) or "leave `tasks` out for all of them"
+            raise UserError(
+                f"reward.{name}.tasks: no task {task!r} in data.task ({', '.join(stage.data.task)}); {hint}"
+            )
+
+
 def _bind(name: str, options: Mapping[str, Any]) -> Callable[..., Any]:
     found = registry.resolve("rewards", name)
     function = getattr(found, name, found)
     if not callable(function):
-        raise UserError(f"reward {name!r}: its module has no function called {name}")
+        what = "a module" if isinstance(found, ModuleType) else f"{found!r}"[:60]
+        raise UserError(
+            f"reward {name!r} is {what}, not a function of (prompts, completions); name package.module:function"
+        )
     bound = partial(function, **options)
     try:
+        _check_options(name, function, options)
         inspect.signature(bound).bind([], [])
         if found is not function and name != "learned":  # alignlab's own check their options when they are called
             bound([], [])
+    except UserError:
+        raise
     except (TypeError, ValueError) as error:
-        raise UserError(f"reward {name!r}: {error}") from error
+        raise UserError(f"reward.{name}: {str(error).removeprefix(f'rewards.{name}: ')}") from error
     return bound
+
+
+PLAIN: Mapping[Any, tuple[str, tuple[type, ...]]] = {
+    int: ("a whole number", (int,)),
+    float: ("a number", (int, float)),
+    bool: ("true or false", (bool,)),
+    str: ("text", (str,)),
+    NoneType: ("null", (NoneType,)),
+}
+"""Type of an option -> what it is in words, and which values are one."""
+
+
+def _check_options(name: str, function: Callable[..., Any], options: Mapping[str, Any]) -> None:
+    """Every option is one that the function takes, and of the type it says, where that is a plain one."""
+    parameters = list(inspect.signature(function).parameters.values())
+    by_place = [p.name for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    named = (p for p in parameters if p.kind in (p.KEYWORD_ONLY, p.POSITIONAL_OR_KEYWORD))
+    takes = {p.name: p for p in named if p.name not in by_place[:2]}
+    if any(p.kind is p.VAR_KEYWORD for p in parameters):
+        return
+    try:
+        types = get_type_hints(function)
+    except Exception:  # whatever a user's annotations refer to
+        types = {}
+    for key, value in options.items():
+        if key not in takes:
+            raise UserError(f"reward.{name}.{key}: unknown option; {_unknown(key, value, takes)}")
+        if wanted := _misfit(value, types.get(key, Any)):
+            raise UserError(f"reward.{name}.{key}: {wanted} is needed, not {value!r}")
+    for key, parameter in takes.items():
+        if parameter.default is parameter.empty and key not in options:
+            raise UserError(f"reward.{name}.{key}: missing; the function needs it")
+
+
+def _unknown(key: str, value: object, takes: Collection[str]) -> str:
+    if key == "options" and isinstance(value, Mapping):
+        beside = ", ".join(f"{k}: {v}" for k, v in value.items())
+        return f"options stand beside weight: {{weight: 1, {beside}}}"
+    own = [k for k in takes if k not in ("weight", "tasks")]
+    return registry.did_you_mean(key, [*own, "weight", "tasks"]) or f"it takes {', '.join(own) or 'none'}"
+
+
+def _misfit(value: object, kind: Any) -> str:
+    """What an option should be, in words, where its value is not; nothing for a type that is not a plain one."""
+    words = []
+    for one in get_args(kind) if get_origin(kind) in (Union, UnionType) else (kind,):
+        if get_origin(one) is Literal:
+            fits, word = value in get_args(one), " or ".join(map(str, get_args(one)))
+        elif one in PLAIN:
+            word, types = PLAIN[one]
+            fits = isinstance(value, types) and (one is bool or not isinstance(value, bool))
+        else:
+            return ""
+        if fits:
+            return ""
+        words.append(word)
+    return " or ".join(words)

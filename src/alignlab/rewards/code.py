@@ -11,6 +11,7 @@ from collections.abc import Sequence
 
 from alignlab.types import Completion, Prompt
 
+NEEDS = "a column `answer`, and a column `grading` that is expression"
 LONGEST_EXPRESSION = 400
 """Characters; longer text is no expression. Bounds the depth of what the parser meets."""
 DEEPEST_NESTING = 50

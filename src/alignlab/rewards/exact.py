@@ -14,6 +14,7 @@ from alignlab.types import Completion, Prompt
 
 Mode = Literal["strict", "flexible"]
 
+NEEDS = "a column `answer` that is a number"
 LONGEST_NUMBER = 64
 """Characters; anything longer is no number (keeps hostile digit strings cheap)."""
 

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 
 from alignlab.types import Completion, Prompt
 
+NEEDS = "a column `format` that is reasoning_answer"
 TAGS = ("<reasoning>", "</reasoning>", "<answer>", "</answer>")
 _SHAPE = re.compile(r"\s*<reasoning>(.*)</reasoning>\s*<answer>(.*)</answer>\s*", re.DOTALL)
 
