@@ -128,7 +128,7 @@ def local_data(data: dict[str, Any], files: Mapping[str, Path]) -> dict[str, Any
         }
     elif data.get("path"):
         data |= {"path": str(files["MTS"]), "validation_path": None}
-    limits = {"max_prompt_tokens": 300, "max_completion_tokens": 40}
+    limits = {"max_prompt_tokens": 300, "max_completion_tokens": 12}
     return data | {key: most for key, most in limits.items() if key in data}
 
 
@@ -137,6 +137,8 @@ def local_copy(model: str, folder: Path, weights: Path, files: Mapping[str, Path
     folder.mkdir(exist_ok=True)
     for path in (RECIPES / model).glob("*.yaml"):
         content = read_mapping(path)  # with what it extends, so that each stands alone
+        if path.stem != "sft":  # a CPU makes 4-bit weights whole again in every product; once is enough to see it work
+            content.get("model", {}).pop("quantization", None)
         (folder / path.name).write_text(dump_yaml(local(content, weights, files)), "utf-8")
     return folder
 
