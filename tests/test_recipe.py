@@ -115,6 +115,7 @@ def test_debug_is_two_phases_of_every_stage(tmp_path: Path) -> None:
         ("algorithm: !!python/object:os.system x\n", ("not valid YAML",)),
         ("stages: [{algorithm: sft}, {algorithm: sft}]\n", ("sft", "two stages")),
         ("name: a\nalgorithm: sft\nstages: []\n", ("stages",)),
+        ("start: sft.yaml\narms: {a: a.yaml}\nseeds: [1]\n", ("this is a study", "alignlab study")),
     ],
 )
 def test_bad_recipes_say_what_where_and_what_to_do(tmp_path: Path, text: str, said: tuple[str, ...]) -> None:

@@ -419,6 +419,8 @@ def load_recipe(path: Path, overrides: Sequence[str] = (), *, debug: bool = Fals
 def parse_recipe(raw: Mapping[str, Any], path: Path, *, debug: bool = False) -> Recipe:
     """A read mapping -> Recipe; relative `start`, `reward_model` and `teacher` are looked for beside `path`."""
     raw = dict(raw)
+    if "arms" in raw:
+        raise UserError(f"{path}: this is a study, as it has `arms`; run it with alignlab study {path}")
     shared = {k: raw.pop(k) for k in list(raw) if k in {*Stage.model_fields, "preset"} - {"name"}}
     stages = raw.pop("stages", None)
     if stages is None:

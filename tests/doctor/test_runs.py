@@ -120,12 +120,15 @@ def test_a_stage_of_a_pipeline(run: Path) -> None:
         (("nowhere",), "not a finished run with a reward model"),
         (("{sft}",), "not a finished run with a reward model"),
         (("{run}", "--pairs", "nowhere.jsonl"), "no such file"),
+        (("{run}", "--pairs", "{rows}"), "found: prompt, completion; --pairs reads columns of these names only"),
     ],
 )
-def test_what_cannot_be_examined_is_one_line(run: Path, arguments: tuple[str, ...], said: str) -> None:
-    given = [text.format(run=run, sft=debug_run("starter/sft.yaml")) for text in arguments]
+def test_what_cannot_be_examined_is_one_line(run: Path, tmp_path: Path, arguments: tuple[str, ...], said: str) -> None:
+    rows = write_rows(tmp_path / "sft.jsonl", [{"prompt": "1 + 1", "completion": "2"}])
+    given = [text.format(run=run, rows=rows, sft=debug_run("starter/sft.yaml")) for text in arguments]
     result = doctor(*given, "-q")
     assert result.code == 2 and len(result.errors) == 1 and said in result.errors[0], result
+    assert "data.columns" not in result.err
     assert not (run / "doctor.json").exists()
     assert doctor(run, "--limit", "1").code == 2
 

@@ -497,6 +497,11 @@ def test_a_bad_plan_is_refused_before_anything_runs(
         assert part in message, message
 
 
+def test_a_recipe_is_no_study_in_one_line() -> None:
+    with pytest.raises(UserError, match=r"^.*sft.yaml: this is a recipe, not a study.* alignlab train .*sft.yaml$"):
+        load_study(RECIPES / "starter" / "sft.yaml")
+
+
 def test_nodes_wait_for_what_they_need() -> None:
     found = nodes(load_study(RECIPES / "studies" / "starter.yaml"))
     assert [node.name for node in found] == ["start", "sft", "reward_model", *CELLS]

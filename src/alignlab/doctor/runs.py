@@ -146,7 +146,13 @@ def _pairs(stage: Stage, file: Path | None) -> list[Pair]:
         return cast(list[Pair], load_items(stage, "pairs", "validation"))
     task = stage.data.task[0] if len(stage.data.task) == 1 else ""
     everything = DataSource(path=str(file), validation_fraction=0.0, task=task)
-    return list(load_examples(everything, "pairs", "train").items)
+    try:
+        return list(load_examples(everything, "pairs", "train").items)
+    except UserError as error:
+        said, mapped, _ = str(error).partition("; map it with data.columns")  # which is a recipe's
+        if not mapped:
+            raise
+        raise UserError(f"{said}; --pairs reads columns of these names only: rename those of the file") from error
 
 
 def _start_policy(stage: Stage, start: str | None, folder: Path, cache: Path) -> ModelChoice | str:

@@ -134,6 +134,10 @@ def load_study(path: Path, overrides: tuple[str, ...] = (), *, debug: bool = Fal
         UserError: with everything that is wrong, one line each.
     """
     raw = apply_overrides(read_mapping(path), overrides)
+    if "arms" not in raw and {"algorithm", "stages"} & raw.keys():
+        raise UserError(
+            f"{path}: this is a recipe, not a study, as it has no `arms`; run it with alignlab train {path}"
+        )
     raw.setdefault("name", path.stem)
     study = validate(Study, raw, str(path))
     arms = {k: arm.model_copy(update={"recipe": _beside(arm.recipe, path)}) for k, arm in study.arms.items()}
