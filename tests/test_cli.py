@@ -26,6 +26,7 @@ from tests.runs import (
     Finished,
     alignlab,
     debug_run,
+    files_of,
     run_alignlab,
     small_model,
     start_alignlab,
@@ -212,11 +213,18 @@ BAD_OVERRIDES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
 }
 
 
+BEYOND_EXPLAIN = {"unknown device", "no such model", "everything too long"}
+"""What depends on this machine, the hub or a tokenizer, so that `explain` does not know it."""
+
+
 @pytest.mark.parametrize("case", BAD_OVERRIDES)
 def test_bad_input_is_one_line_and_blocks_nothing(recipe: Path, case: str) -> None:
     overrides, said = BAD_OVERRIDES[case]
     output = recipe.parent / "run"
-    refused(alignlab("train", recipe, *overrides, "--output", output, cwd=recipe.parent), *said)
+    result = alignlab("train", recipe, *overrides, "--output", output, cwd=recipe.parent)
+    refused(result, *said)
+    explained = alignlab("explain", recipe, *overrides, cwd=recipe.parent)
+    assert (explained.errors, explained.code) == (([], 0) if case in BEYOND_EXPLAIN else (result.errors, 2))
     assert not list(output.rglob("*.safetensors")) and not list(output.rglob(".lock"))
     again = alignlab("train", recipe, "--debug", "--output", output, cwd=recipe.parent)
     assert again.code == 0, again.err
@@ -238,7 +246,10 @@ def test_an_incomplete_model_folder_is_named(
     broken = recipe.parent / "broken"
     shutil.copytree(model, broken)
     damage(broken)
-    refused(alignlab("train", recipe, f"model.name={broken}", "--output", recipe.parent / "run"), str(broken), *said)
+    result = alignlab("train", recipe, f"model.name={broken}", "--output", recipe.parent / "run")
+    refused(result, str(broken), *said)
+    if damage is not cut_off:
+        assert alignlab("explain", recipe, f"model.name={broken}").errors == result.errors
 
 
 def test_every_problem_of_a_recipe_has_its_line(recipe: Path) -> None:
@@ -263,7 +274,9 @@ def test_every_problem_of_a_recipe_has_its_line(recipe: Path) -> None:
 )
 def test_unusable_data_names_file_and_line(recipe: Path, content: bytes, said: tuple[str, ...]) -> None:
     (recipe.parent / "sums.jsonl").write_bytes(content)
-    refused(alignlab("train", recipe, "--output", recipe.parent / "run"), "sums.jsonl", *said)
+    result = alignlab("train", recipe, "--output", recipe.parent / "run")
+    refused(result, "sums.jsonl", *said)
+    assert alignlab("explain", recipe).errors == result.errors and not (recipe.parent / "run").exists()
 
 
 def test_rows_of_an_unknown_task_are_said_before_training(recipe: Path) -> None:
@@ -293,24 +306,6 @@ def test_a_model_beside_a_start_is_said_before_anything_is_trained(recipe: Path,
     result = alignlab("train", staged, "model.name=some/other", "--output", recipe.parent / "run")
     refused(result, "model.name has no effect", "start:")
     assert set(cache.iterdir()) == before
-
-
-def test_a_recipe_of_the_wrong_kind_as_start_or_reward_model(recipe: Path) -> None:
-    """The stage is trained before its kind is known to be wrong, so only the last line counts here."""
-    staged = recipe.with_name("staged.yaml")
-    staged.write_text(
-        "start: sums.yaml\nreward_model: sums.yaml\nreward: {learned: 1}\nalgorithm: grpo\ndata: {path: sums.jsonl}\n",
-        "utf-8",
-    )
-    result = alignlab("train", staged, "--debug", "--output", recipe.parent / "run")
-    assert result.code == 2 and len(result.errors) == 1
-    assert "gives a policy, but a reward_model is needed" in result.errors[0]
-
-
-def test_an_unfinished_run_is_no_start(recipe: Path) -> None:
-    (recipe.parent / "empty").mkdir()
-    result = alignlab("train", recipe, "model=starter", "start=empty", "--output", "run", cwd=recipe.parent)
-    refused(result, "not a finished run with a policy")
 
 
 def test_a_file_in_the_place_of_the_run_folder(recipe: Path) -> None:
@@ -457,6 +452,32 @@ def test_debug_leaves_a_run_of_that_name_alone(recipe: Path) -> None:
         assert debug.code == 0 and ("already complete" in debug.err) == bool(arguments)
     assert (recipe.parent / "runs" / "sums" / "log_history.jsonl").read_bytes() == before
     assert (recipe.parent / "runs" / "debug" / "sums" / "policy").is_dir()
+
+
+def test_a_debug_run_is_replaced_only_by_one_that_begins(
+    recipe: Path, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    debug = recipe.parent / "runs" / "debug" / "sums"
+    assert alignlab("train", recipe, "--debug", cwd=recipe.parent).code == 0
+    before = files_of(debug)
+    broken = recipe.parent / "broken"
+    shutil.copytree(model, broken)
+    cut_off(broken)
+    for wrong in ("algorithm.learning_rte=1", "data.path=none.jsonl", "model.name=no/such", f"model.name={broken}"):
+        assert alignlab("train", recipe, wrong, "--debug", cwd=recipe.parent).code == 2
+        assert files_of(debug) == before and [p.name for p in debug.parent.iterdir()] == ["sums"]
+    monkeypatch.setattr(pipeline, "run_recipe", raising(KeyboardInterrupt()))
+    assert alignlab("train", recipe, "--debug", cwd=recipe.parent).code == 130
+    assert files_of(debug) == before
+    monkeypatch.undo()
+    assert alignlab("train", recipe, "seed=7", "--debug", cwd=recipe.parent).code == 0
+    assert files_of(debug)["recipe.yaml"] != before["recipe.yaml"] and len(list(debug.parent.iterdir())) == 1
+
+
+def test_the_way_out_that_an_error_names_works_in_debug_too(recipe: Path) -> None:
+    debug = ("train", recipe, "data.task=safety", "--debug", "--output", recipe.parent / "run")
+    refused(alignlab(*debug), "evaluation.prompts_per_task=0 switches evaluation off")
+    assert alignlab(*debug, "evaluation.prompts_per_task=0").code == 0
 
 
 @pytest.mark.parametrize("name", ["with space", "ünïcode", "brackets [red] [_x]"])

@@ -8,6 +8,7 @@ import json
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -589,8 +590,35 @@ def test_too_many_unusable_rows_are_an_error(write: Write) -> None:
 
 def test_the_report_is_one_line(write: Write) -> None:
     rows = [{"prompt": f"q{i}", "chosen": "a", "rejected": "a" if i == 3 else "b"} for i in range(30)]
-    report = load_examples(DataSource(path=write("a.jsonl", rows), limit=20), "pairs").report
-    assert str(report).endswith("a.jsonl (chat): 20 of 30 rows, 9 held back; dropped 1 chosen equals rejected (row 4)")
+    source = DataSource(path=write("a.jsonl", rows), limit=20)
+    report, held_out = (load_examples(source, "pairs", side).report for side in ("train", "validation"))
+    dropped = "; dropped 1 chosen equals rejected (row 4)"
+    assert str(report).endswith(
+        f"a.jsonl (chat): 20 of 30 rows, 4 held back for validation, 5 beyond the limit{dropped}"
+    )
+    assert str(held_out).endswith(f"a.jsonl (chat): 4 of 30 rows, 25 for training{dropped}")
+    whole = load_examples(replace(source, limit=None), "pairs").report
+    assert str(whole).endswith(f": 25 of 30 rows, 4 held back for validation{dropped}")
+
+
+def test_templates_with_literal_braces(write: Write) -> None:
+    path = write("a.jsonl", [{"prompt": f"q{i}", "n": i} for i in range(4)])
+    source = DataSource(path=path, prompt_template='Answer as {{"n": {n}}}: {prompt}')
+    first = load_examples(source, "prompts").items[0]
+    assert (
+        first.messages[0].content
+        == f'Answer as {{"n": {first.messages[0].content[-1]}}}: {first.messages[0].content[-2:]}'
+    )
+    for template, said in (
+        ("Q: {prompt", "a literal brace is written twice"),
+        ("Q: prompt}", "a literal brace is written twice"),
+        ("Q: {}", "a literal brace is written twice"),
+        ("Q: { } {prompt}", "a literal brace is written twice"),
+        ("solve this", "does not name a {column}"),
+        ("{{prompt}}", "does not name a {column}"),
+    ):
+        message = refusal(lambda t=template: load_examples(replace(source, prompt_template=t), "prompts"))  # type: ignore[misc]
+        assert repr(template) in message and said in message
 
 
 # ---- what is refused -------------------------------------------------------------------------------------------------

@@ -90,6 +90,44 @@ def test_debug_is_two_phases_of_every_stage(tmp_path: Path) -> None:
     assert recipe.stages[0].train.num_phases == 2
 
 
+def test_debug_leaves_alone_what_is_smaller_still(tmp_path: Path) -> None:
+    """So the way out that an error names, `evaluation.prompts_per_task=0`, is one in `--debug` too."""
+    path = write(tmp_path, GOOD + "train: {num_phases: 500, epochs: null}\n")
+    small = ["evaluation.prompts_per_task=0", "train.num_phases=1", "data.limit=7", "algorithm.group_size=3"]
+    stage = load_recipe(path, small, debug=True).stages[0]
+    assert (stage.evaluation.prompts_per_task, stage.train.num_phases, stage.data.limit) == (0, 1, 7)
+    assert stage.algorithm.group_size == 3  # type: ignore[attr-defined]
+    large = ["evaluation={prompts_per_task: 90, samples: 4, every: 5}", "train={epochs: 3, num_phases: null}"]
+    stage = load_recipe(path, large, debug=True).stages[0]
+    assert (stage.evaluation.prompts_per_task, stage.evaluation.samples, stage.evaluation.every) == (2, 1, 0)
+    assert (stage.train.num_phases, stage.train.epochs) == (2, None)
+    for wrong in ("train.num_phases=many", "train.num_phases=0", "train=5", "evaluation.samples=-1"):
+        with pytest.raises(UserError, match=wrong.partition("=")[0]):
+            load_recipe(path, [wrong], debug=True)
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("data.prompt_template=Q: {question", "'Q: {question' is not a prompt template"),
+        ("data.prompt_template=Q {}", "'Q {}' is not a prompt template"),
+        ("data.prompt_template=solve this", "'solve this' does not name a {column}"),
+        ("data.prompt_template=Q: {question}", """put it in quotes, on the command line in two kinds of them: '"""
+         """data.prompt_template="..."'"""),
+        ("data.system_prompt=Note: be kind", "data.system_prompt: needs text, but YAML reads a mapping here"),
+        ("data.system_prompt=[kind]", "data.system_prompt: needs text, but YAML reads a list here"),
+    ],
+)  # fmt: skip
+def test_texts_that_are_none(tmp_path: Path, override: str, said: str) -> None:
+    message = error_of(tmp_path, GOOD, override)
+    assert said in message and len(message.splitlines()) == 1
+
+
+def test_the_advice_about_quotes_works(tmp_path: Path) -> None:
+    recipe = load_recipe(write(tmp_path, GOOD), ['data.prompt_template="Q: {question}"'])
+    assert recipe.stages[0].data.prompt_template == "Q: {question}"
+
+
 @pytest.mark.parametrize(
     ("text", "said"),
     [

@@ -11,7 +11,7 @@ import signal
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from types import FrameType
 from typing import Annotated
@@ -55,6 +55,22 @@ def _find(path: Path) -> Path:
 
 
 @contextmanager
+def _replaced(run: Path) -> Iterator[None]:
+    """A run makes place for a new one, and comes back if that does not get as far as the first line of its log."""
+    before = run.with_name(f".{run.name}.before")
+    if run.is_dir():
+        shutil.rmtree(before, ignore_errors=True)
+        run.rename(before)
+    try:
+        yield
+    finally:
+        if before.is_dir() and not any(run.rglob("log_history.jsonl")):
+            shutil.rmtree(run, ignore_errors=True)
+            before.rename(run)
+        shutil.rmtree(before, ignore_errors=True)
+
+
+@contextmanager
 def _stoppable(go_on: str) -> Iterator[None]:
     """Ctrl-C is no error: one line that says how to go on, and exit code 130."""
     try:
@@ -81,13 +97,11 @@ def train(
         from alignlab.recipe import load_recipe
 
         loaded = load_recipe(_find(recipe), overrides or [], debug=debug)
-        if debug and output is None:
-            output = Path("runs") / "debug" / loaded.name
-            if not resume:
-                shutil.rmtree(output, ignore_errors=True)
-        output = output or Path("runs") / loaded.name
+        anew = debug and output is None and not resume
+        output = output or Path("runs") / ("debug" if debug else "") / loaded.name
         started = time.monotonic()
-        results = run_recipe(loaded, output, resume=resume, debug=debug, quiet=quiet)
+        with _replaced(output) if anew else nullcontext():
+            results = run_recipe(loaded, output, resume=resume, debug=debug, quiet=quiet)
         for result in results:
             print(f"{result.kind.replace('_', ' ')}: {result.model}")
             if not result.ledger["optimizer_steps"]:
@@ -108,7 +122,7 @@ def explain(
     from alignlab import explain as explaining
     from alignlab.recipe import load_recipe
 
-    explained = explaining.explain(load_recipe(_find(recipe), overrides or [], debug=debug))
+    explained = explaining.explain(load_recipe(_find(recipe), overrides or [], debug=debug), debug=debug)
     if as_json:
         print(explaining.as_json(explained))
     else:

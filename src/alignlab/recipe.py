@@ -29,6 +29,7 @@ from ruamel.yaml.error import YAMLError
 
 from alignlab import registry
 from alignlab.algorithms import Algorithm, Hyperparameters
+from alignlab.data import placeholders
 from alignlab.diagnosis import DiagnosisLimits
 from alignlab.errors import UserError
 
@@ -55,6 +56,11 @@ def _one_folder(name: str) -> str:
 
 
 FolderName = Annotated[str, AfterValidator(_one_folder)]
+
+
+def _template(template: str | None) -> str | None:
+    placeholders(template)
+    return template
 
 
 class Section(BaseModel):
@@ -138,8 +144,10 @@ class DataSection(Section):
     """Row format; `auto` detects it from the columns."""
     system_prompt: str | None = None
     """System message in front of every conversation."""
-    prompt_template: str | None = None
-    """Text of the user turn with `{column}` fields, e.g. "Summarise: {dialogue}"."""
+    prompt_template: Annotated[str | None, AfterValidator(_template)] = None
+    """Text of the user's turn with at least one `{column}` field, `{prompt}` being the message as it stands; a literal
+    brace is written twice. In a recipe in quotes, "Summarise: {dialogue}", and on the command line in two kinds of
+    them: 'data.prompt_template="Summarise: {dialogue}"'."""
     limit: int | None = Field(None, ge=1)
     """Use only the first rows."""
     max_prompt_tokens: int = Field(512, ge=1)
@@ -244,6 +252,10 @@ class EvaluationSection(Section):
     """Also measure the perplexity of held-out demonstrations; `best.metric: perplexity` implies it."""
     best: BestSection | None = None
     """Which policy becomes the result; null = the last one."""
+
+    @property
+    def measures_perplexity(self) -> bool:
+        return self.perplexity or (self.best is not None and self.best.metric == "perplexity")
 
     @model_validator(mode="after")
     def _best_needs_candidates(self) -> EvaluationSection:
@@ -379,11 +391,11 @@ class Recipe(Section):
         return dump_yaml(self.model_dump(mode="json", serialize_as_any=True))
 
 
-DEBUG = {
+DEBUG: Mapping[str, Mapping[str, int | None]] = {
     "train": {"num_phases": 2, "epochs": None, "save_every": 1},
     "evaluation": {"prompts_per_task": 2, "every": 0, "samples": 1},
 }
-"""What `--debug` sets on every stage: two phases, and an evaluation on a handful of prompts."""
+"""The most that `--debug` leaves of every stage: two phases, and an evaluation on a handful of prompts. Less stays."""
 DEBUG_SIZES = {"prompts_per_phase": 2, "pairs_per_step": 4, "examples_per_step": 4, "group_size": 4, "keep": 1}
 """The most that `--debug` leaves of what a method uses a phase."""
 DEBUG_ROWS = 64
@@ -428,7 +440,7 @@ def parse_recipe(raw: Mapping[str, Any], path: Path, *, debug: bool = False) -> 
         shared = {}
     elif not isinstance(stages, list) or not all(isinstance(s, Mapping) for s in stages):
         raise UserError(f"{path}: stages must be a list of mappings")
-    merged = [_with_preset(merge(merge(shared, s), DEBUG if debug else {})) for s in stages]
+    merged = [_with_preset(merge(shared, s)) for s in stages]
     for stage in merged:
         stage.setdefault("name", _stage_name(stage))
         if debug:
@@ -447,7 +459,10 @@ def parse_recipe(raw: Mapping[str, Any], path: Path, *, debug: bool = False) -> 
 
 
 def _make_small(stage: dict[str, Any]) -> None:
-    """In debug a phase is small too, and few rows are read for it."""
+    """In debug there are few phases, a phase is small too, and few rows are read for it."""
+    for section, most in DEBUG.items():
+        if isinstance(given := stage.get(section, {}), Mapping):
+            stage[section] = {**given, **{key: _at_most(given.get(key), value) for key, value in most.items()}}
     data = stage.get("data", {})
     if isinstance(data, Mapping):
         limit = data.get("limit")
@@ -461,6 +476,13 @@ def _make_small(stage: dict[str, Any]) -> None:
     evaluation = stage.get("evaluation")
     if isinstance(evaluation, Mapping) and evaluation.get("best"):
         stage["evaluation"] = {**evaluation, "every": 1}
+
+
+def _at_most(given: object, most: int | None) -> object:
+    """What is given, if that is less, or no number (which is said later); else the most there may be."""
+    if most is None or given is None:
+        return most
+    return min(given, most) if isinstance(given, int | float) else given
 
 
 def _with_preset(stage: dict[str, Any]) -> dict[str, Any]:
@@ -640,6 +662,10 @@ def _explain(error: ValidationError, raw: Mapping[str, Any], model: type[BaseMod
         else:
             message = problem["msg"].removeprefix("Value error, ")
             given = problem.get("input")
+            if problem["type"] == "string_type" and isinstance(given, Mapping | list):
+                kind = "mapping" if isinstance(given, Mapping) else "list"
+                quoted = f"put it in quotes, on the command line in two kinds of them: '{where}=\"...\"'"
+                message = f"needs text, but YAML reads a {kind} here; {quoted}"
             shown = f", not {given!r}" if isinstance(given, str | int | float | bool) and "not " not in message else ""
             yield f"{where}: {message[0].lower() + message[1:]}{shown}"
 

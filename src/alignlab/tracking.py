@@ -18,11 +18,14 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from alignlab.errors import UserError
+from alignlab.registry import did_you_mean
 
 HISTORY = "log_history.jsonl"
 COMPLETIONS = "completions.jsonl"
 SHOWN = ("reward/mean", "policy/kl_per_sequence", "preference/accuracy", "loss/total")
 """Metrics beside the progress bar, in this order, those that exist."""
+MIRRORS = ("tensorboard", "wandb")
+"""What else a log can be written to."""
 
 
 def strict(value: Any) -> Any:
@@ -174,7 +177,16 @@ class _Mirror:
         self._tracker.finish()
 
 
+def check_mirrors(names: Iterable[str]) -> None:
+    """Refuses a mirror that is not known."""
+    for name in names:
+        if name not in MIRRORS:
+            parts = (f"tracking: {name!r} is not known", did_you_mean(name, MIRRORS))
+            raise UserError("; ".join((*filter(None, parts), f"choose from {', '.join(MIRRORS)}")))
+
+
 def _mirror(name: str, folder: Path, title: str, config: Mapping[str, Any]) -> _Mirror:
+    check_mirrors([name])
     from accelerate import PartialState
     from accelerate import tracking as trackers
 
@@ -182,9 +194,7 @@ def _mirror(name: str, folder: Path, title: str, config: Mapping[str, Any]) -> _
         PartialState(cpu=True) if not PartialState._shared_state else None
         if name == "tensorboard":
             return _Mirror(trackers.TensorBoardTracker(run_name="tensorboard", logging_dir=str(folder)))
-        if name == "wandb":
-            tracker = trackers.WandBTracker(run_name="alignlab", name=title, dir=str(folder), config=dict(config))
-            return _Mirror(tracker)
+        tracker = trackers.WandBTracker(run_name="alignlab", name=title, dir=str(folder), config=dict(config))
+        return _Mirror(tracker)
     except ImportError as error:
         raise UserError(f"tracking: {name} is not installed ({error}); run `pip install alignlab[tracking]`") from error
-    raise UserError(f"tracking: {name!r} is not known; choose from tensorboard, wandb")

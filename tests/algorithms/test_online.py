@@ -126,7 +126,8 @@ def test_overlong_penalty(online: Any) -> None:
 def test_an_overlong_penalty_that_begins_at_the_first_token(online: Any) -> None:
     for buffer in (10, 11):
         with pytest.raises(UserError, match=rf"algorithm\.overlong_buffer: .* {buffer} tokens before the limit of 10"):
-            online.ScoreShaping(overlong_buffer=buffer).penalties([group([0.0])], LIKE, 10)
+            online.ScoreShaping(overlong_buffer=buffer).check_buffer(10)
+    online.ScoreShaping(overlong_buffer=9).check_buffer(10)
 
 
 @pytest.mark.parametrize("name", METHODS)

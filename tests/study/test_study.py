@@ -472,7 +472,10 @@ def plan_error(small: Path, *overrides: str) -> str:
         (("arms={teacher: dpo.yaml}",), ("teacher", "name of a shared stage")),
         (("arms.good.train=false",), ("arms.good", "train: false without best_of is the shared policy itself")),
         (("arms.good.best_of=0",), ("arms.good.best_of",)),
-        (("arms.good.best_of=2", "arms.good.set=[data.task=safety]"), ("`learned` needs `reward_model",)),
+        (
+            ("arms.good.best_of=2", "arms.good.set=[data.task=safety, evaluation.prompts_per_task=0]"),
+            ("`learned` needs `reward_model",),
+        ),
         (
             ("arms={own: {recipe: own.yaml, train: false, best_of: 2}}",),
             ("arm own is not trained", "no judge of its own"),

@@ -65,20 +65,19 @@ class ScoreShaping(Hyperparameters):
         rewards = self.reward_scale * rewards - self.penalties(groups, like, limit)
         return rewards if self.score_clip is None else rewards.clamp(-self.score_clip, self.score_clip), state
 
-    def penalties(self, groups: Sequence[Group], like: Tensor, limit: int) -> Tensor:
-        """(N,) what a missing stop token and overlength cost, >= 0.
-
-        Raises:
-            UserError: the overlong penalty would begin before the first token.
-        """
-        cost = self.missing_stop_penalty * (~stopped_tensor(groups, like)).to(like.dtype)
-        if self.overlong_buffer is None:
-            return cost
-        if self.overlong_buffer >= limit:
+    def check_buffer(self, limit: int) -> None:
+        """Refuses an overlong penalty that would begin before the first token."""
+        if self.overlong_buffer is not None and self.overlong_buffer >= limit:
             raise UserError(
                 f"algorithm.overlong_buffer: the penalty would begin {self.overlong_buffer} tokens before the limit of "
                 f"{limit} tokens a completion, so every completion would pay; give it fewer tokens than the limit"
             )
+
+    def penalties(self, groups: Sequence[Group], like: Tensor, limit: int) -> Tensor:
+        """(N,) what a missing stop token and overlength cost, >= 0."""
+        cost = self.missing_stop_penalty * (~stopped_tensor(groups, like)).to(like.dtype)
+        if self.overlong_buffer is None:
+            return cost
         lengths = [len(r.completion.token_ids) for g in groups for r in g.rollouts]
         beyond = torch.tensor(lengths, dtype=like.dtype, device=like.device) - (limit - self.overlong_buffer)
         return cost + (beyond / self.overlong_buffer).clamp(0, 1)

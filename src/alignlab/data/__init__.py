@@ -10,7 +10,7 @@ file into train and validation is a function of each prompt's text alone, so no 
 from alignlab.data.batches import collate, fit, left_pad, order, plan_microbatches, take
 from alignlab.data.examples import Loaded, Report, Side, fingerprint, load_examples
 from alignlab.data.files import read_rows
-from alignlab.data.formats import Kind
+from alignlab.data.formats import Kind, placeholders
 from alignlab.data.source import DataSource
 
 __all__ = [
@@ -25,6 +25,7 @@ __all__ = [
     "left_pad",
     "load_examples",
     "order",
+    "placeholders",
     "plan_microbatches",
     "read_rows",
     "take",

@@ -32,10 +32,13 @@ class Report:
     name: str
     format: str
     num_rows: int
+    side: Side
     num_items: int
     """Items of this side."""
     num_other: int
-    """Usable rows that went to the other side or beyond the limit."""
+    """Usable rows that went to the other side."""
+    num_beyond: int
+    """Usable rows of this side beyond the limit."""
     num_duplicates: int
     """Items equal to an earlier one in all but id; they are kept."""
     dropped: Mapping[str, int]
@@ -47,7 +50,9 @@ class Report:
 
     def __str__(self) -> str:
         text = f"{self.name} ({self.format}): {self.num_items} of {self.num_rows} rows"
-        text += f", {self.num_other} held back" if self.num_other else ""
+        other = "held back for validation" if self.side == "train" else "for training"
+        text += f", {self.num_other} {other}" if self.num_other else ""
+        text += f", {self.num_beyond} beyond the limit" if self.num_beyond else ""
         text += f", {self.num_duplicates} duplicates" if self.num_duplicates else ""
         return text + (f"; dropped {_reasons(self.dropped, self.shown)}" if self.dropped else "")
 
@@ -103,8 +108,10 @@ def load_examples(source: DataSource, kind: Kind, side: Side = "train") -> Loade
         name=location.where,
         format=tally.format,
         num_rows=tally.num_rows,
+        side=side,
         num_items=len(items),
-        num_other=len(kept) - len(items),
+        num_other=len(kept) - len(mine),
+        num_beyond=len(mine) - len(items),
         num_duplicates=len(items) - len({_content(item) for item in items}),
         dropped={reason: len(rows) for reason, rows in tally.dropped.items()},
         shown=tally.shown(),

@@ -72,7 +72,8 @@ _TURN = re.compile(r"\n\n(Human|Assistant):")
 _GOLD = re.compile(r"####[ \t]*([^\n]*\S)\s*\Z")
 _LABELS = {"true": True, "1": True, "+1": True, "false": False, "0": False, "-1": False}
 _SURROGATE = re.compile("[\ud800-\udfff]")
-_PLACEHOLDER = re.compile(r"\{([^{}]+)\}")
+_PLACEHOLDER = re.compile(r"\{\{|\}\}|\{([^{}]*)\}")
+"""A literal brace, written twice, or a field."""
 _CONVERSATIONS = ("messages", "conversations")
 
 
@@ -108,7 +109,7 @@ class Reader:
             kind = "pairs"  # taken apart by whoever asked
         order = sorted((*_CONVERSATIONS, "prompt"), key=lambda f: f not in source.columns)  # what is mapped goes first
         prompt = next((f for f in order if f in columns), None)
-        has_prompt = prompt is not None or bool(_placeholders(source.prompt_template) - {"prompt"})
+        has_prompt = prompt is not None or bool(placeholders(source.prompt_template) - {"prompt"})
         options: tuple[str, ...] = ("chosen",) if kind == "pairs" else ("completion", "chosen")
         options = ("completion",) if kind == "labelled" else options
         options += ("answer",) if kind in ("examples", "labelled") and prompt not in _CONVERSATIONS else ()
@@ -234,14 +235,14 @@ class Reader:
                 raise Unusable("empty prompt")
             return str(found)
 
-        return _PLACEHOLDER.sub(lambda match: value(match[1]), template)
+        return _PLACEHOLDER.sub(lambda match: match[0][0] if match[1] is None else value(match[1]), template)
 
     def _meta(self, row: Record, where: str) -> dict[str, Any]:
         """The row's own meta, and its columns that nothing else reads."""
         own = row.get(self.columns.get("meta", "")) or {}
         if not isinstance(own, dict):
             _wrong_type(where, self.columns["meta"], own, "an object")
-        read = {*FIELDS, *self.columns.values(), *_placeholders(self.source.prompt_template)}
+        read = {*FIELDS, *self.columns.values(), *placeholders(self.source.prompt_template)}
         read -= {"label"} if self.kind != "labelled" and "label" not in self.source.columns else set()
         return {c: v for c, v in row.items() if c not in read and isinstance(v, str | int | float | list | dict)} | own
 
@@ -299,7 +300,7 @@ def _map_columns(source: DataSource, found: Iterable[str], name: str) -> dict[st
             raise UserError(joined(f"{name}: no column {column!r} for {key}", hint, f"found: {_listed(found)}"))
     columns = {f: next((c for c in (f, *ALIASES.get(f, ())) if c in found), None) for f in FIELDS}
     mapped = {f: c for f, c in columns.items() if c is not None} | dict(source.columns)
-    for column in sorted(_placeholders(source.prompt_template) - {"prompt", *found, *mapped}):
+    for column in sorted(placeholders(source.prompt_template) - {"prompt", *found, *mapped}):
         hint = did_you_mean(column, found)
         raise UserError(joined(f"{name}: no column {column!r} for prompt_template", hint, f"found: {_listed(found)}"))
     return mapped
@@ -348,8 +349,22 @@ def _transcript(text: str) -> list[Message]:
     return messages
 
 
-def _placeholders(template: str | None) -> set[str]:
-    return set(_PLACEHOLDER.findall(template or ""))
+def placeholders(template: str | None) -> set[str]:
+    """The columns that a prompt template names.
+
+    Raises:
+        UserError: it names none, or has a brace without its partner.
+    """
+    if template is None:
+        return set()
+    names = [match[1] for match in _PLACEHOLDER.finditer(template) if match[1] is not None]
+    if any(brace in _PLACEHOLDER.sub("", template) for brace in "{}") or not all(name.strip() for name in names):
+        raise UserError(
+            f"{template!r} is not a prompt template: a field is {{column}}, and a literal brace is written twice"
+        )
+    if not names:
+        raise UserError(f"{template!r} does not name a {{column}}, so all prompts would be the same")
+    return set(names)
 
 
 def _wrong_type(where: str, column: str, value: object, expected: str) -> NoReturn:

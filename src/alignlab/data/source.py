@@ -43,7 +43,8 @@ class DataSource:
     system_prompt: str | None = None
     """System message of conversations that have none."""
     prompt_template: str | None = None
-    """The user's message made from columns, e.g. `Summarise: {dialogue}`; `{prompt}` is the message as it stands."""
+    """The user's message made from columns, e.g. `Summarise: {dialogue}`; `{prompt}` is the message as it stands, and
+    `{{` a brace."""
     task: str = ""
     """Task that grades the prompts; empty: as the rows say."""
     limit: int | None = None

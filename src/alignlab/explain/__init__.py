@@ -18,14 +18,16 @@ from alignlab.pipeline import check_recipe
 from alignlab.recipe import Recipe, Stage
 
 
-def explain(recipe: Recipe) -> Explained:
+def explain(recipe: Recipe, *, debug: bool = False) -> Explained:
     """Every stage of a recipe, explained.
 
+    Args:
+        debug: it was made short, as are then the recipes that it needs.
+
     Raises:
-        UserError: what training would refuse before it loads anything: an unknown task or reward, a model folder that
-            is not there, data that cannot be read.
+        UserError: what training would refuse before it loads anything (see `check_recipe`).
     """
-    check_recipe(recipe)
+    check_recipe(recipe, debug=debug)
     earlier: dict[str, Stage] = {}
     stages = []
     for stage in recipe.stages:

@@ -4,20 +4,17 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from pathlib import Path
 from typing import cast
 
 from alignlab.data import Kind
 from alignlab.explain.facts import Facts
 from alignlab.explain.section import Line, Section, Value, count, lines, listed, number, said
 from alignlab.optim import Schedule
-from alignlab.pipeline.items import load_items
+from alignlab.pipeline.items import READABLE, load_items, local_file
 
 PER_STEP = ("examples_per_step", "pairs_per_step", "completions_per_step", "prompts_per_phase")
 """Fields that say how many items of the data a phase uses."""
 ITEMS = {"examples": "demonstrations", "pairs": "pairs", "labelled": "labelled completions", "prompts": "prompts"}
-READABLE = 10_000_000
-"""Bytes of a data file up to which its rows are counted: a second or two."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,14 +81,12 @@ def data_size(facts: Facts) -> tuple[int | None, str]:
         UserError: the data are here, and unusable.
     """
     data, what = facts.stage.data, ITEMS.get(facts.kind, facts.kind)
-    local = Path(data.path).expanduser() if data.path else None
+    local = local_file(data.path)
     if data.hub and not data.path:
         return None, f"hub set {data.hub}: the number of {what} is not known before it is downloaded"
-    if local is not None and "://" in str(data.path):
+    if data.path and local is None:
         return None, f"{data.path}: the number of {what} is not known before it is downloaded"
-    if local is not None and not local.is_file():
-        return None, f"{local.name} is not here, so the number of {what} is not known"
-    if local is not None and local.stat().st_size > READABLE:
+    if local is not None and local.is_file() and local.stat().st_size > READABLE:
         return None, f"{local.name} is too large to count its {what} here"
     where = local.name if local is not None else f"the starter's {', '.join(data.task)}"
     size = len(load_items(facts.stage, cast(Kind, facts.kind), "train"))

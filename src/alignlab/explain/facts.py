@@ -11,6 +11,7 @@ from typing import Any
 from alignlab.algorithms import Hyperparameters
 from alignlab.errors import UserError
 from alignlab.models import ADAPTER_FILE, location
+from alignlab.pipeline.identity import makes
 from alignlab.pipeline.reference import UsesReference
 from alignlab.recipe import Stage, load_recipe
 from alignlab.types import Role
@@ -97,12 +98,6 @@ def facts_of(stage: Stage, earlier: Mapping[str, Stage]) -> Facts:
         )
     text, adapted = _origin(start, earlier)
     return Facts(stage=stage, start=text, start_has_adapter=adapted)
-
-
-def makes(stage: Stage) -> str:
-    """What a stage leaves behind: `policy` or `reward_model`."""
-    role = stage.method.models().get("reward_model")
-    return "reward_model" if role is not None and role.trained else "policy"
 
 
 def in_words(reference: str | None, earlier: Mapping[str, Stage]) -> str:

@@ -1,8 +1,8 @@
 """The models of a run: a name and a few choices -> policy, reference, reward model and value model on a device.
 
-`load` finds and loads, `quantised` stores frozen weights in few bits, `roles` makes of a model what a method needs,
-`adapters` puts low-rank ones on a model, merges them and grows critics, `store` writes and restores weights bit for
-bit, `explain` turns what can go wrong into one line.
+`choice` says what to load and what cannot be, `load` loads it, `quantised` stores frozen weights in few bits, `roles`
+makes of a model what a method needs, `adapters` puts low-rank ones on a model, merges them and grows critics, `store`
+writes and restores weights bit for bit, `explain` turns what can go wrong into one line.
 """
 
 from alignlab.models.adapters import (
@@ -13,10 +13,8 @@ from alignlab.models.adapters import (
     merge_adapter,
     merge_checked,
 )
+from alignlab.models.choice import Dtype, LoraChoice, ModelChoice, check_choice, location, require_same_adapter
 from alignlab.models.load import (
-    Dtype,
-    LoraChoice,
-    ModelChoice,
     frozen_policy,
     hush_progress_bars,
     load_generation_config,
@@ -24,7 +22,6 @@ from alignlab.models.load import (
     load_reward_model,
     load_stored,
     load_tokenizer,
-    location,
     pick_device,
     weights_dtype,
 )
@@ -67,6 +64,7 @@ __all__ = [
     "Quantization",
     "ScalarModel",
     "active",
+    "check_choice",
     "disable_dropout",
     "fixed_logits",
     "freeze",
@@ -92,6 +90,7 @@ __all__ = [
     "pick_device",
     "quantization",
     "recompute_activations",
+    "require_same_adapter",
     "save_model",
     "stored_quantization",
     "trainable_copy",

@@ -5,14 +5,22 @@ Loading runs no code of a model folder, reads no pickles and accepts no weights 
 
 from __future__ import annotations
 
-import re
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 import torch
+from huggingface_hub import get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HfHubHTTPError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+from huggingface_hub.utils import logging as hub_logging
 from peft import LoraConfig, PeftConfig, PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
@@ -28,9 +36,22 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging as transformers_logging
 
-from alignlab import starter
 from alignlab.errors import UserError
 from alignlab.models.adapters import merge_adapter, with_adapter
+from alignlab.models.choice import (
+    Dtype,
+    LoraChoice,
+    ModelChoice,
+    is_called,
+    location,
+    location_of,
+    require_config,
+    require_no_random,
+    require_same_adapter,
+    require_settings,
+    require_targets,
+    require_tokenizer,
+)
 from alignlab.models.explain import brief, explained, listed, require_fit
 from alignlab.models.roles import (
     Quantization,
@@ -53,50 +74,17 @@ from alignlab.models.store import (
     weight_files,
 )
 
-Dtype = Literal["auto", "float32", "bfloat16", "float16", "float64"]
 HEAD_TOLERANCE = 0.02
 """How far a model's own logits may be from trunk times head, as a share of the largest: rounding in bfloat16."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class LoraChoice:
-    """A low-rank adapter (arXiv:2106.09685): W + alpha / rank * B A, with A (rank, in) and B (out, rank) trained."""
-
-    rank: int = 8
-    alpha: float = 16.0
-    dropout: float = 0.0
-    target_modules: tuple[str, ...] = ("all-linear",)
-    """Names of the linear layers to adapt; `all-linear` is every one except the head."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class ModelChoice:
-    """Which weights to load, and how."""
-
-    name: str = "starter"
-    """`starter`, a folder, or a hub id."""
-    revision: str | None = None
-    weights: Literal["pretrained", "random"] = "pretrained"
-    """`random` takes only the configuration and draws the weights from the seed."""
-    dtype: Dtype = "auto"
-    """`auto`: bfloat16 on a CUDA device that has it, float32 elsewhere. Adapters are float32 or wider."""
-    attention: Literal["auto", "sdpa", "eager"] = "auto"
-    """`auto`: eager for Gemma 2 (whose attention soft-cap sdpa lacks), sdpa elsewhere."""
-    adapter: LoraChoice | None = None
-    """None trains every weight."""
-    quantization: Quantization | None = None
-    """The linear layers' weights, the head's left out, in few bits: `4bit` (NF4, arXiv:2305.14314) or `8bit`. They
-    cannot be trained, so a policy needs an adapter on them."""
-    overrides: dict[str, Any] = field(default_factory=dict)
-    """Configuration values to replace when `weights: random` (e.g. fewer layers of a true-size shape)."""
 
 
 # ---- finding ---------------------------------------------------------------------------------------------------------
 
 
 def hush_progress_bars() -> None:
-    """Switches off the loaders' own progress bars; a run has one of its own."""
+    """Switches off the loaders' own progress bars, as a run has one of its own, and what they say of every retry."""
     transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    hub_logging.set_verbosity_error()  # type: ignore[no-untyped-call]
 
 
 def pick_device(name: str = "auto") -> torch.device:
@@ -115,36 +103,37 @@ def pick_device(name: str = "auto") -> torch.device:
         raise UserError(f"device {name!r} cannot be used here ({brief(error)}); try auto or cpu") from error
 
 
-def location(name: str) -> str:
-    """Where a model name points: the embedded starter's folder, an existing folder, or a hub id.
-
-    Raises:
-        UserError: it is none of these.
-    """
-    if name == "starter":
-        return str(starter.ASSETS)
-    path = Path(name).expanduser()
-    if name and path.is_dir():
-        return str(path)
-    if path.exists() or not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", name):
-        raise UserError(f"model {name!r}: no such folder; give an existing folder, a hub id as owner/name, or starter")
-    return name
-
-
 def load_tokenizer(name: str, revision: str | None = None) -> Tokenizer:
     """The tokenizer of a model; of a folder that holds an adapter and no tokenizer, its base model's."""
-    where = _location_of("tokenizer_config.json", name)
-    kinds = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
-    if Path(where).is_dir() and not any((Path(where) / kind).is_file() for kind in kinds):
-        raise UserError(f"model {name!r}: {where} has no tokenizer.json; put the model's tokenizer files there")
+    where = require_tokenizer(name)
     with explained(name):
+        if not Path(where).is_dir():
+            _ask_hub(where, revision)
         tokenizer = AutoTokenizer.from_pretrained(where, revision=revision, trust_remote_code=False)
     return cast(Tokenizer, tokenizer)
 
 
+def _ask_hub(name: str, revision: str | None) -> None:
+    """Whether the hub answers, and has such a model: asked once, where loading would ask again for most of a minute.
+
+    Raises:
+        HfHubHTTPError: it says no; ConnectionError: it cannot be reached.
+    """
+    if try_to_load_from_cache(name, "config.json", revision=revision) is not None:
+        return
+    try:
+        get_hf_file_metadata(hf_hub_url(name, "config.json", revision=revision))
+    except (GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError, OfflineModeIsEnabled):
+        raise
+    except HfHubHTTPError:  # no such file, or a busy hub: loading knows what to do
+        return
+    except Exception as error:  # of whatever library the hub is asked with
+        raise ConnectionError(brief(error)) from error
+
+
 def load_generation_config(name: str, revision: str | None = None) -> GenerationConfig | None:
     """The model's generation defaults (its stop ids live there), None where it ships none."""
-    where = _location_of("generation_config.json", name)
+    where = location_of("generation_config.json", name)
     if not Path(where).is_dir():
         try:
             return GenerationConfig.from_pretrained(where, revision=revision or "main")
@@ -158,19 +147,11 @@ def load_generation_config(name: str, revision: str | None = None) -> Generation
 
 def weights_dtype(name: str, revision: str | None = None) -> Dtype:
     """The type in which a model's files hold its weights; of a folder with an adapter, its base model's."""
-    where = _location_of("config.json", name)
+    where = location_of("config.json", name)
     with explained(name):
         config = AutoConfig.from_pretrained(where, revision=revision, trust_remote_code=False)
     known = str(config.get_text_config().dtype or config.dtype or torch.float32).removeprefix("torch.")
     return cast(Dtype, known)
-
-
-def _location_of(file: str, name: str) -> str:
-    """Where a model's `file` is to be found: its own location, or its base's where the folder is a bare adapter."""
-    folder = Path(where := location(name))
-    if (folder / ADAPTER_FILE).is_file() and not (folder / file).is_file():
-        return location(adapter_base(folder))
-    return where
 
 
 # ---- policies and reward models --------------------------------------------------------------------------------------
@@ -239,13 +220,10 @@ def load_stored(
     if not (folder / ADAPTER_FILE).is_file():
         model = _load_base(choice, choice.name, seed, device or pick_device())
         return model if choice.adapter is None else _add_adapter(model, choice, choice.adapter, seed)
-    if choice.weights == "random":
-        raise UserError(
-            f"model {choice.name!r} is an adapter, which means nothing on random weights; drop model.weights"
-        )
+    require_no_random(choice)
     config = _read_adapter(folder, choice)
     base = _load_base(replace(choice, revision=config.revision), adapter_base(folder), seed, device or pick_device())
-    linear = _linear_layers(base)
+    linear = linear_layers(base)
     adapted = with_adapter(base, config, seed)
     _require_layers(adapted, choice, linear)
     load_weights(adapted, folder)
@@ -254,26 +232,17 @@ def load_stored(
 
 def _load_base(choice: ModelChoice, name: str, seed: int, device: torch.device) -> PreTrainedModel:
     where = location(name)
-    if Path(where).is_dir() and not (Path(where) / "config.json").is_file():
-        raise UserError(f"model {name!r}: {where} has no config.json; it is no model folder, or its download broke off")
+    require_config(name, Path(where))
     with explained(name):
         config = AutoConfig.from_pretrained(where, revision=choice.revision, trust_remote_code=False)
     text = config.get_text_config()
     dtype = _dtype(choice.dtype, device)
-    if dtype == torch.float16 and str(text.model_type).startswith("gemma"):
-        raise UserError(f"model {name!r}: Gemma overflows in float16; set model.dtype to bfloat16 or float32")
-    attention = choice.attention
-    if attention == "auto":
-        attention = "eager" if text.model_type == "gemma2" else "sdpa"
-    if dtype == torch.float64 and attention == "eager":  # its softmax is in float32, where the mask's -1e308 overflows
-        raise UserError(f"model {name!r}: eager attention gives NaN in float64; set model.dtype to float32")
+    attention = require_settings(choice, name, str(text.model_type))
     if choice.weights == "random":
         with explained(name), seeded(seed):
             model = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
                 _overridden(text, choice.overrides), dtype=dtype, attn_implementation=attention
             )
-    elif choice.overrides:
-        raise UserError("model.overrides: they change the shape of a model, so they need model.weights: random")
     else:
         model = _read_pretrained(where, name, choice.revision, config, dtype, attention)
     _require_usable(model, name)
@@ -283,8 +252,6 @@ def _load_base(choice: ModelChoice, name: str, seed: int, device: torch.device) 
 
 
 def _quantise(model: PreTrainedModel, name: str, kind: Quantization, device: torch.device) -> None:
-    if model.dtype == torch.float64:
-        raise UserError(f"model {name!r}: {kind} weights stand for float32 at best; set model.dtype to float32")
     try:
         from alignlab.models.quantised import quantise
     except ImportError as error:
@@ -372,23 +339,15 @@ def _require_usable(model: PreTrainedModel, name: str) -> None:
 
 def _add_adapter(model: PreTrainedModel, choice: ModelChoice, lora: LoraChoice, seed: int) -> PeftModel:
     """A fresh adapter, which changes nothing yet (B = 0)."""
-    layers = _linear_layers(model)
-    targets = [t for t in lora.target_modules if t != "all-linear"]
-    if any(_is_called("lm_head", target) for target in targets):
-        tied = model.config.get_text_config().tie_word_embeddings
-        reason = "is tied to the embedding here" if tied else "stays frozen"
-        raise UserError(f"adapter.target_modules: lm_head {reason}; leave it out")
-    useless = [t for t in targets if not any(_is_called(layer, t) for layer in layers)]
-    if useless:
-        known = sorted({layer.rsplit(".", 1)[-1] for layer in layers})
-        raise UserError(f"adapter.target_modules: {listed(useless)} match nothing; this model has {', '.join(known)}")
+    tied = bool(model.config.get_text_config().tie_word_embeddings)
+    require_targets(lora, linear_layers(model), tied)
     folder = Path(choice.name).expanduser()
     is_folder = choice.name != "starter" and folder.is_dir()
     config = LoraConfig(
         r=lora.rank,
         lora_alpha=cast(int, lora.alpha),
         lora_dropout=lora.dropout,
-        target_modules="all-linear" if "all-linear" in lora.target_modules else targets,
+        target_modules="all-linear" if "all-linear" in lora.target_modules else list(lora.target_modules),
         task_type="CAUSAL_LM",
         revision=choice.revision,
         base_model_name_or_path=str(folder.resolve()) if is_folder else choice.name,
@@ -412,11 +371,7 @@ def _read_adapter(folder: Path, choice: ModelChoice) -> LoraConfig:
     ):
         raise UserError(f"model {choice.name!r}: its adapter is not plain LoRA; merge it into its base model first")
     asked = choice.adapter
-    if asked is not None and (asked.rank, asked.alpha) != (config.r, config.lora_alpha):
-        raise UserError(
-            f"model {choice.name!r} goes on with an adapter of rank {config.r}, alpha {config.lora_alpha}: "
-            f"set adapter.rank and adapter.alpha to these (now {asked.rank}, {asked.alpha})"
-        )
+    require_same_adapter(f"model {choice.name!r}", asked, config.r, config.lora_alpha)
     config.inference_mode = False
     config.lora_dropout = 0.0 if asked is None else asked.dropout
     return config
@@ -434,7 +389,7 @@ def _require_layers(model: PeftModel, choice: ModelChoice, linear: set[str]) -> 
         )
 
 
-def _linear_layers(model: PreTrainedModel) -> set[str]:
+def linear_layers(model: PreTrainedModel) -> set[str]:
     """Names of the layers that an adapter may go on: the linear ones, without the head."""
     top = model.get_output_embeddings()  # type: ignore[no-untyped-call]
     return {name for name, m in model.named_modules() if isinstance(m, nn.Linear | Conv1D) and m is not top}
@@ -442,8 +397,4 @@ def _linear_layers(model: PreTrainedModel) -> set[str]:
 
 def _selected(layers: set[str], lora: LoraChoice) -> set[str]:
     every = "all-linear" in lora.target_modules
-    return {layer for layer in layers if every or any(_is_called(layer, t) for t in lora.target_modules)}
-
-
-def _is_called(layer: str, target: str) -> bool:
-    return layer == target or layer.endswith(f".{target}")
+    return {layer for layer in layers if every or any(is_called(layer, t) for t in lora.target_modules)}

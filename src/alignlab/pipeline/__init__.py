@@ -8,26 +8,28 @@ again by its key, a hash of everything that decides its weights.
 from __future__ import annotations
 
 import sys
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from alignlab import registry
 from alignlab.conversation import Template
 from alignlab.errors import UserError
-from alignlab.models import hush_progress_bars, location, pick_device
+from alignlab.models import hush_progress_bars, pick_device
+from alignlab.pipeline.check import check_recipe, is_model
 from alignlab.pipeline.identity import (
     DONE,
     StageResult,
     Teacher,
+    finished_folder,
     finished_stage,
     model_fingerprint,
     read_done,
+    require_kind,
     stage_key,
 )
-from alignlab.pipeline.rewards import build_rewards, check_rewards
+from alignlab.pipeline.rewards import build_rewards
 from alignlab.pipeline.stage import Lock, Session, StageRun, default_cache, learned_reward
-from alignlab.recipe import ModelSection, Recipe, Stage, load_recipe, read_mapping
+from alignlab.recipe import ModelSection, Recipe, Stage, load_recipe
 from alignlab.rollout import Reward
 from alignlab.tracking import HISTORY
 
@@ -55,7 +57,7 @@ def run_recipe(
         quiet=quiet,
         tracking=recipe.tracking,
     )
-    check_recipe(recipe)
+    check_recipe(recipe, debug=debug)
     _claim(output, recipe, resume)
     results: list[StageResult] = []
     for stage in recipe.stages:
@@ -75,46 +77,6 @@ def following(stage: Stage, results: Sequence[StageResult]) -> Stage:
     if stage.start is not None or not policies:
         return stage
     return stage.model_copy(update={"start": str(policies[-1].folder)})
-
-
-def check_recipe(recipe: Recipe) -> None:
-    """Says what can be known to be wrong before anything is loaded or trained.
-
-    Raises:
-        UserError: an unknown task or reward, a model beside a `start` that decides the weights, a teacher that is
-            missing or has no pupil, or candidates where none are sampled.
-    """
-    models = {stage.name: stage.model.name for stage in recipe.stages}
-    default = ModelSection()  # as good as not said
-    for stage in recipe.stages:
-        for task in stage.data.task:
-            registry.resolve("tasks", task)
-        if stage.method.data_kind == "prompts" or stage.evaluation.best_of > 1:
-            check_rewards(stage)
-        _check_teacher(stage, {s.name for s in recipe.stages})
-        roles = stage.method.models()
-        if stage.evaluation.best_of > 1 and "reward_model" in roles and roles["reward_model"].trained:
-            raise UserError(f"stage {stage.name}: evaluation.best_of samples a policy, but it trains a reward model")
-        if stage.start and stage.model.name not in (default.name, models.get(stage.start) or _model_of(stage.start)):
-            raise UserError(
-                f"stage {stage.name}: model.name has no effect, as start: {stage.start} decides the weights; drop one"
-            )
-
-
-def _model_of(start: str) -> str:
-    """The model that a recipe file starts from; a run folder's is decided by its weights, whatever its name."""
-    return load_recipe(Path(start)).stages[-1].model.name if Path(start).is_file() else ModelSection().name
-
-
-def _check_teacher(stage: Stage, stages: Collection[str]) -> None:
-    needed = "teacher" in stage.method.models()
-    method = type(stage.algorithm).__name__.lower()
-    if needed and stage.teacher is None:
-        raise UserError(f"stage {stage.name}: {method} needs `teacher: STAGE, RECIPE, RUN or MODEL`")
-    if not needed and stage.teacher is not None:
-        raise UserError(f"stage {stage.name}: {method} has no use for a teacher; drop `teacher`")
-    if stage.teacher is not None and stage.teacher not in stages and _is_model(stage.teacher):
-        location(stage.teacher)
 
 
 def _claim(output: Path, recipe: Recipe, resume: bool) -> None:
@@ -164,33 +126,20 @@ def _dependency(reference: str | None, kind: str, session: Session) -> StageResu
     if reference is None:
         return None
     if reference in session.earlier:
-        return _of_kind(session.earlier[reference], kind, reference)
+        return session.earlier[reference]
     path = Path(reference)
-    if path.is_dir():
-        for candidate in reversed(_stage_folders(path)):
-            if (candidate / DONE).is_file() and (candidate / kind).is_dir():
-                return read_done(candidate)
-        raise UserError(f"{path}: not a finished run with a {kind}; train it first (a model folder is named in model)")
-    return cached_stage(path, kind, session)
+    return read_done(finished_folder(path, kind)) if path.is_dir() else cached_stage(path, kind, session)
 
 
 def _teacher(reference: str | None, session: Session) -> Teacher | None:
     """The same for a teacher, which may also be a model as it is."""
     if reference is None:
         return None
-    if reference not in session.earlier and _is_model(reference):
+    if reference not in session.earlier and is_model(reference):
         return Teacher(name=reference, model=reference, key=model_fingerprint(ModelSection(name=reference)))
     result = _dependency(reference, "policy", session)
     assert result is not None
     return Teacher(name=str(result.folder.resolve()), model=str(result.model), key=result.key)
-
-
-def _is_model(reference: str) -> bool:
-    """Whether a name that is no stage's is a model's: neither a recipe file nor a run folder."""
-    path = Path(reference)
-    if path.is_dir():
-        return reference == "starter" or not any((path / name).is_file() for name in (DONE, "recipe.yaml"))
-    return not path.is_file()
 
 
 def stage_rewards(stage: Stage, session: Session, template: Template) -> list[Reward]:
@@ -199,18 +148,9 @@ def stage_rewards(stage: Stage, session: Session, template: Template) -> list[Re
     return build_rewards(stage, lambda: learned_reward(stage, reward_stage, template, session))
 
 
-def _stage_folders(run: Path) -> list[Path]:
-    """The folders of a run's stages, in the order of its recipe."""
-    recipe = run / "recipe.yaml"
-    if (run / DONE).is_file() or not recipe.is_file():
-        return [run]
-    return [run / str(stage.get("name")) for stage in read_mapping(recipe).get("stages", [])]
-
-
 def cached_stage(path: Path, kind: str, session: Session) -> StageResult:
     """The last stage of a recipe file, from the cache or trained into it now."""
     recipe = load_recipe(path, debug=session.debug)
-    check_recipe(recipe)
     inner = replace(session, earlier={}, tracking=())
     results: list[StageResult] = []
     for stage in recipe.stages:
@@ -225,13 +165,8 @@ def cached_stage(path: Path, kind: str, session: Session) -> StageResult:
             found = run_stage(stage, recipe.seed, folder, inner, resume=True, wait=True)
         inner.earlier[stage.name] = found
         results.append(found)
-    return _of_kind(results[-1], kind, reference=str(path))
-
-
-def _of_kind(result: StageResult, kind: str, reference: str) -> StageResult:
-    if result.kind != kind:
-        raise UserError(f"{reference}: gives a {result.kind}, but a {kind} is needed here")
-    return result
+    require_kind(str(path), results[-1].kind, kind)
+    return results[-1]
 
 
 def _say(session: Session, line: str) -> None:

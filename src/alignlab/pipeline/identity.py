@@ -15,7 +15,7 @@ from alignlab import starter
 from alignlab.checkpoint import file_hash, verify
 from alignlab.errors import UserError
 from alignlab.models import location
-from alignlab.recipe import ModelSection, Stage
+from alignlab.recipe import ModelSection, Stage, read_mapping
 
 DONE = "stage.json"
 """Written last: a folder with it is a finished stage."""
@@ -51,6 +51,33 @@ class Teacher:
     """The key of the stage that made it, or a hash of the model's files."""
 
 
+def makes(stage: Stage) -> str:
+    """What a stage leaves behind: `policy` or `reward_model`."""
+    role = stage.method.models().get("reward_model")
+    return "reward_model" if role is not None and role.trained else "policy"
+
+
+def require_kind(reference: str, made: str, kind: str) -> None:
+    """Refuses a stage, recipe or run that does not give what is needed of it."""
+    if made != kind:
+        raise UserError(f"{reference}: gives a {made}, but a {kind} is needed here")
+
+
+def finished_folder(run: Path, kind: str) -> Path:
+    """The last finished stage of a run folder that made a policy, or a reward model.
+
+    Raises:
+        UserError: there is none.
+    """
+    recipe = run / "recipe.yaml"
+    staged = recipe.is_file() and not (run / DONE).is_file()
+    folders = [run / str(stage.get("name")) for stage in read_mapping(recipe).get("stages", [])] if staged else [run]
+    for folder in reversed(folders):
+        if (folder / DONE).is_file() and (folder / kind).is_dir():
+            return folder
+    raise UserError(f"{run}: not a finished run with a {kind}; train it first (a model folder is named in model)")
+
+
 def finished_stage(folder: Path, key: str) -> StageResult | None:
     if not (folder / DONE).is_file():
         return None
@@ -66,14 +93,23 @@ def read_done(folder: Path) -> StageResult:
     Raises:
         UserError: its record or its model is damaged.
     """
-    try:
-        done = json.loads((folder / DONE).read_text("utf-8"))
-        result = StageResult(folder=folder, key=done["key"], kind=done["kind"], ledger=done["ledger"], cached=True)
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{folder / DONE}: damaged; delete {folder} and train it again") from error
+    result = read_record(folder)
     if problem := verify(result.model):
         raise UserError(f"{result.model}: {problem}; delete {folder} and train it again")
     return result
+
+
+def read_record(folder: Path) -> StageResult:
+    """The same without a look at the model's files.
+
+    Raises:
+        UserError: its record is damaged.
+    """
+    try:
+        done = json.loads((folder / DONE).read_text("utf-8"))
+        return StageResult(folder=folder, key=done["key"], kind=done["kind"], ledger=done["ledger"], cached=True)
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{folder / DONE}: damaged; delete {folder} and train it again") from error
 
 
 def stage_key(

@@ -2,18 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, Literal, cast
 
 from alignlab import starter
 from alignlab.conversation import Template
 from alignlab.data import DataSource, Kind, Report, Side, load_examples
+from alignlab.data.files import read_file
 from alignlab.errors import UserError
+from alignlab.evaluation import check_gradable
+from alignlab.pipeline.identity import makes
 from alignlab.recipe import Stage
 from alignlab.rollout import Limits, encode_pairs, fitting_prompts
 from alignlab.types import Pair, Prompt
 
 Split = Literal["train", "validation", "test"]
+READING = ("columns", "format", "system_prompt", "prompt_template", "split", "validation_path", "validation_split")
+"""How rows are read; the starter's are as they should be."""
+READABLE = 10_000_000
+"""Bytes of a data file up to which it is read to check it and to count its rows: a second or two."""
 
 
 def load_items(stage: Stage, kind: Kind, split: Split) -> list[Any]:
@@ -24,15 +33,18 @@ def load_items(stage: Stage, kind: Kind, split: Split) -> list[Any]:
 def load_reported(stage: Stage, kind: Kind, split: Split) -> tuple[list[Any], list[Report]]:
     """The same, with what became of the rows of each source."""
     side: Side = "train" if split == "train" else "validation"
-    loaded = [load_examples(source, kind, side) for source in _data_sources(stage, kind, split)]
+    loaded = [load_examples(source, kind, side) for source in data_sources(stage, kind, split)]
     return [item for found in loaded for item in found.items], [found.report for found in loaded]
 
 
-def _data_sources(stage: Stage, kind: Kind, split: Split) -> list[DataSource]:
+def data_sources(stage: Stage, kind: Kind, split: Split) -> list[DataSource]:
     data = stage.data
     if data.path is None and data.hub is None:
         if not data.task:
             raise UserError(f"stage {stage.name}: data names neither a task of the starter, nor a path, nor a hub set")
+        given = [key for key in READING if getattr(data, key) != type(data).model_fields[key].default]
+        if given:
+            raise UserError(f"stage {stage.name}: data.{given[0]} is for data of path or hub; the starter's need none")
         return [_starter_source(stage.name, task, kind, split, data.limit) for task in data.task]
     if len(data.task) > 1:
         raise UserError(
@@ -54,6 +66,85 @@ def _starter_source(stage: str, task: str, kind: Kind, split: Split, limit: int 
                 f"stage {stage}: the starter has no {path.stem} data for {task!r}; name a file in data.path"
             )
     return DataSource(path=str(train), validation_path=str(held_out), task=task, limit=limit)
+
+
+def held_out_items(stage: Stage) -> list[Any]:
+    """The prompts, or pairs of a reward model, that evaluations are from, before any is left out as too long.
+
+    Raises:
+        UserError: there are none, or their task cannot grade them.
+    """
+    with of_evaluation():
+        if makes(stage) == "reward_model":
+            return load_items(stage, "pairs", "validation")
+        prompts = load_items(stage, "prompts", "validation")
+        check_gradable(prompts)
+        best = stage.evaluation.best
+        if best is not None and best.metric == "score" and not any(prompt.task for prompt in prompts):
+            raise UserError("no task grades the data, so best.metric=score has nothing to go by; name data.task")
+        return prompts
+
+
+@contextmanager
+def of_evaluation() -> Iterator[None]:
+    """Inside, what is wrong with data is said to be about evaluation, and how to do without."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"evaluation: {error}; evaluation.prompts_per_task=0 switches evaluation off") from error
+
+
+@contextmanager
+def of_perplexity() -> Iterator[None]:
+    """The same for what only perplexity needs."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(
+            f"evaluation: perplexity needs held-out demonstrations: {error}; or choose evaluation.best.metric="
+            "score and leave out evaluation.perplexity"
+        ) from error
+
+
+def check_items(stage: Stage) -> None:
+    """Says what is wrong with a stage's data. Files that lie here are read, unless that takes more than a moment; the
+    starter's are known to be good, and what lies elsewhere is not fetched.
+
+    Raises:
+        UserError: data that are not here, unusable, or more than one task to a file.
+    """
+    kind, evaluation = cast(Kind, stage.method.data_kind), stage.evaluation
+    if _is_read(stage, kind, "train"):
+        load_items(stage, kind, "train")
+    with of_evaluation():
+        held_out: Kind = "pairs" if makes(stage) == "reward_model" else "prompts"
+        read = evaluation.prompts_per_task > 0 and _is_read(stage, held_out, "validation")
+    if read:
+        held_out_items(stage)
+    with of_perplexity():
+        if evaluation.measures_perplexity and _is_read(stage, "examples", "validation"):
+            load_items(stage, "examples", "validation")
+
+
+def _is_read(stage: Stage, kind: Kind, split: Split) -> bool:
+    """Whether a check reads these data: files of one's own that are not too large.
+
+    Raises:
+        UserError: a file is not here.
+    """
+    read = stage.data.path is not None
+    for source in data_sources(stage, kind, split):
+        for path in filter(None, (source.path, source.validation_path if split != "train" else None)):
+            file = local_file(path)
+            if file is not None and not file.is_file():
+                read_file(path)  # says what is there instead
+            read = read and file is not None and file.stat().st_size <= READABLE
+    return read
+
+
+def local_file(path: str | None) -> Path | None:
+    """A data file on this machine, which may be missing; None for a URL."""
+    return None if path is None or "://" in path else Path(path).expanduser()
 
 
 def validation_prompts(

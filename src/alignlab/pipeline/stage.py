@@ -27,7 +27,7 @@ from alignlab.conversation import Template
 from alignlab.data import Kind
 from alignlab.diagnosis import score_noise, summarise
 from alignlab.errors import UserError
-from alignlab.evaluation import Evaluation, check_gradable, evaluate_policy, evaluate_reward_model
+from alignlab.evaluation import Evaluation, evaluate_policy, evaluate_reward_model
 from alignlab.evaluation.perplexity import perplexity
 from alignlab.forward import rewards as score_rows
 from alignlab.generate import Sampling
@@ -55,8 +55,16 @@ from alignlab.models import (
 )
 from alignlab.optim import AdamWChoice, Schedule, build_optimizers
 from alignlab.pipeline.best import METRICS, best_phase, considered, keep_best, prune_best, restore_best
-from alignlab.pipeline.identity import DONE, StageResult, Teacher, code_fingerprint
-from alignlab.pipeline.items import first_of_each_task, load_items, load_reported, pair_fits, validation_prompts
+from alignlab.pipeline.identity import DONE, StageResult, Teacher, code_fingerprint, makes
+from alignlab.pipeline.items import (
+    first_of_each_task,
+    held_out_items,
+    load_items,
+    load_reported,
+    of_evaluation,
+    of_perplexity,
+    pair_fits,
+)
 from alignlab.pipeline.reference import UsesReference, fill_reference
 from alignlab.pipeline.rewards import build_rewards, require_fit
 from alignlab.recipe import BestSection, ModelSection, Stage, dump_yaml, read_mapping
@@ -117,9 +125,7 @@ class StageRun:
         self.start, self.reward_stage, self.key, self.contract = start, reward_stage, key, contract
         self.teacher = teacher
         self.algorithm, self.roles = stage.method, stage.method.models()
-        self.choice = model_choice(stage.model, str(start.model) if start else stage.model.name)
-        if start:
-            self.choice = replace(self.choice, weights="pretrained", overrides={}, revision=None)
+        self.choice = stage_choice(stage, str(start.model) if start else None)
         tokenizer = load_tokenizer(self.choice.name, self.choice.revision)
         self.template = Template.of(tokenizer, load_generation_config(self.choice.name, self.choice.revision))
         self.limits = Limits(
@@ -134,9 +140,7 @@ class StageRun:
         self._held_out: list[Any] = []
         self._demonstrations: list[Row] = []
         self._reference_seconds = 0.0
-        self.kind = (
-            "reward_model" if self.roles.get("reward_model") and self.roles["reward_model"].trained else "policy"
-        )
+        self.kind = makes(stage)
 
     def go(self, resume: bool) -> StageResult:
         stage, started = self.stage, time.time()
@@ -289,14 +293,10 @@ class StageRun:
 
     def _length(self, source: Source) -> int:
         """Phases of the run: as many as said, or as the asked-for passes over the data take."""
-        epochs, algorithm = self.stage.train.epochs, self.algorithm
+        epochs = self.stage.train.epochs
         if epochs is None:
             return self.stage.train.num_phases
-        names = ("examples_per_step", "pairs_per_step", "prompts_per_phase")
-        each = next((getattr(algorithm, name) for name in names if hasattr(algorithm, name)), None)
-        if not isinstance(each, int):
-            raise UserError(f"stage {self.stage.name}: this method does not say what a phase uses; set num_phases")
-        return math.ceil(epochs * source.num_items / each)
+        return math.ceil(epochs * source.num_items / items_per_phase(self.stage))
 
     # ---- models ------------------------------------------------------------------------------------------------------
 
@@ -330,11 +330,7 @@ class StageRun:
 
     def _reward_model_for_ids(self) -> ScalarModel:
         """The frozen reward model, once it is sure that it reads the ids that the policy writes."""
-        if self.reward_stage is None:
-            raise UserError(
-                f"stage {self.stage.name}: with these settings of its algorithm a reward model is part of training; "
-                "add reward_model: RECIPE or RUN"
-            )
+        assert self.reward_stage is not None  # see check_recipe
         if not self.learned["same_ids"]:
             raise UserError(
                 f"stage {self.stage.name}: the reward model {self.reward_stage.model} has another tokenizer than the "
@@ -359,19 +355,15 @@ class StageRun:
 
     def _require_fit(self, policy: Model) -> None:
         """The tokenizer's ids have embeddings, and prompt and completion together fit the model's context."""
-        config, limits = unwrap(policy).config.get_text_config(), self.limits
+        config = unwrap(policy).config.get_text_config()
         if len(self.template.tokenizer) > config.vocab_size:
             raise UserError(
                 f"model {self.choice.name!r}: its tokenizer has {len(self.template.tokenizer)} entries, but there "
                 f"are only {config.vocab_size} embeddings; they do not belong together"
             )
-        longest = limits.max_prompt_tokens + limits.max_completion_tokens
-        context = getattr(config, "max_position_embeddings", longest)
-        if longest > context:
-            raise UserError(
-                f"stage {self.stage.name}: data.max_prompt_tokens + data.max_completion_tokens = {longest}, but the "
-                f"context of {self.choice.name!r} is {context} tokens; lower one of them"
-            )
+        context = getattr(config, "max_position_embeddings", None)
+        if context is not None:
+            require_context(self.stage, self.choice.name, context)
 
     # ---- evaluation and result ---------------------------------------------------------------------------------------
 
@@ -410,18 +402,12 @@ class StageRun:
         count = self.stage.evaluation.prompts_per_task
         if not count:
             return []
-        try:
-            if self.kind == "reward_model":
-                pairs = first_of_each_task(load_items(self.stage, "pairs", "validation"), count)
-                return [pair for pair in pairs if pair_fits(pair, self.template, self.limits)]
-            prompts = validation_prompts(self.stage, count, self.template, self.limits)
-            check_gradable(prompts)
-            best = self.stage.evaluation.best
-            if best is not None and best.metric == "score" and not any(prompt.task for prompt in prompts):
-                raise UserError("no task grades the data, so best.metric=score has nothing to go by; name data.task")
-        except UserError as error:
-            raise UserError(f"evaluation: {error}; evaluation.prompts_per_task=0 switches evaluation off") from error
-        return prompts
+        items = held_out_items(self.stage)
+        if self.kind == "reward_model":
+            pairs = first_of_each_task(items, count)
+            return [pair for pair in pairs if pair_fits(pair, self.template, self.limits)]
+        with of_evaluation():
+            return first_of_each_task(fitting_prompts(items, self.template, self.limits), count)
 
     def _load_demonstrations(self) -> list[Row]:
         """Held-out completions whose perplexity every evaluation measures; none where it is not asked for.
@@ -429,18 +415,12 @@ class StageRun:
         Raises:
             UserError: the data have none.
         """
-        settings = self.stage.evaluation
-        if not settings.perplexity and (settings.best is None or settings.best.metric != "perplexity"):
+        if not self.stage.evaluation.measures_perplexity:
             return []
-        try:
+        with of_perplexity():
             examples = load_items(self.stage, "examples", "validation")
-            examples = first_of_each_task(examples, settings.prompts_per_task)
+            examples = first_of_each_task(examples, self.stage.evaluation.prompts_per_task)
             return encode_examples(examples, self.template, self.limits)
-        except UserError as error:
-            raise UserError(
-                f"evaluation: perplexity needs held-out demonstrations: {error}; or choose evaluation.best.metric="
-                "score and leave out evaluation.perplexity"
-            ) from error
 
     def _evaluate(self, models: Models) -> Evaluation | None:
         settings = self.stage.evaluation
@@ -639,6 +619,31 @@ def learned_reward(
     model = load_reward_model(folder, choice, device=session.device)
     own = Template.of(load_tokenizer(str(folder)), load_generation_config(str(folder)))
     return {"reward_model": model, "template": own, "same_ids": same_tokenizer(template, own)}
+
+
+def stage_choice(stage: Stage, start: str | None) -> ModelChoice:
+    """What a stage's policy is loaded from: the folder of the policy it starts from, or the model it names."""
+    choice = model_choice(stage.model, start or stage.model.name)
+    return replace(choice, weights="pretrained", overrides={}, revision=None) if start else choice
+
+
+def items_per_phase(stage: Stage) -> int:
+    """Training items that a phase uses."""
+    names = ("examples_per_step", "pairs_per_step", "prompts_per_phase")
+    each = next((getattr(stage.algorithm, name) for name in names if hasattr(stage.algorithm, name)), None)
+    if not isinstance(each, int):
+        raise UserError(f"stage {stage.name}: this method does not say what a phase uses; set num_phases")
+    return each
+
+
+def require_context(stage: Stage, model: str, context: int) -> None:
+    """Prompt and completion together fit the model's context."""
+    longest = stage.data.max_prompt_tokens + stage.data.max_completion_tokens
+    if longest > context:
+        raise UserError(
+            f"stage {stage.name}: data.max_prompt_tokens + data.max_completion_tokens = {longest}, but the context of "
+            f"{model!r} is {context} tokens; lower one of them"
+        )
 
 
 def model_choice(section: ModelSection, name: str) -> ModelChoice:
