@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import json
 import socket
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, ClassVar
@@ -494,6 +496,17 @@ def test_every_recipe_is_explained(name: str, alone: None) -> None:
     recipe = load_recipe(RECIPES / name)
     assert result.out.count(HEADING) == len(recipe.stages) and result.out.count("\nBatch\n") == len(recipe.stages)
     assert str(ROOT) not in result.out
+
+
+def test_what_explains_imports_no_library_that_only_models_need() -> None:
+    code = (
+        "import sys; from pathlib import Path; from alignlab.explain import explain;"
+        "from alignlab.recipe import load_recipe; explain(load_recipe(Path(sys.argv[1])));"
+        "print(*{'peft', 'bitsandbytes', 'transformers.modeling_utils', 'datasets', 'accelerate'} & sys.modules.keys())"
+    )
+    recipe = RECIPES / "starter" / "ppo.yaml"
+    ran = subprocess.run([sys.executable, "-c", code, recipe], capture_output=True, text=True, check=True)
+    assert not ran.stdout.strip(), ran.stdout
 
 
 def test_a_gated_model_is_no_hindrance(alone: None) -> None:

@@ -19,6 +19,7 @@ from torch.testing import assert_close
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
+    AutoTokenizer,
     BertConfig,
     Gemma3Config,
     Gemma3ForConditionalGeneration,
@@ -48,6 +49,7 @@ from alignlab.models import (
     has_adapter,
     head,
     hidden_size,
+    load,
     load_generation_config,
     load_policy,
     load_reward_model,
@@ -389,6 +391,49 @@ def test_what_the_hub_says(cause: Exception, advice: str, monkeypatch: pytest.Mo
 def test_an_unreachable_hub(monkeypatch: pytest.MonkeyPatch) -> None:
     """For real: the tests are offline."""
     refusal(lambda: policy("owner/name-401"), "the model hub cannot be reached")
+    refusal(lambda: load_tokenizer("owner/name-401"), "the model hub cannot be reached")
+
+
+@pytest.mark.parametrize(
+    "said, advice",
+    [
+        (gated(401), "is gated: accept its licence"),
+        (not_found(hub.RepositoryNotFoundError), "was not found: neither a folder nor a public model on the hub"),
+        (not_found(hub.RevisionNotFoundError), "has no such revision"),
+        (httpx.ConnectError("refused"), "the model hub cannot be reached"),
+        (httpx.ReadTimeout("slow"), "the model hub cannot be reached"),
+    ],
+)
+def test_the_hub_is_asked_once_before_a_tokenizer_is_loaded(
+    said: Exception, advice: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Loading would ask it again and again; what it may still get is left to it: a file from the cache, a busy hub."""
+    asked: list[str] = []
+
+    def answer(error: Exception | None) -> None:
+        def respond(url: str) -> None:
+            asked.append(url)
+            if error is not None:
+                raise error
+
+        monkeypatch.setattr(load, "get_hf_file_metadata", respond)
+
+    class Loading(Exception):
+        pass
+
+    def loading(*_: Any, **__: Any) -> None:
+        raise Loading("it goes on")
+
+    monkeypatch.setattr(AutoTokenizer, "from_pretrained", loading)
+    answer(said)
+    refusal(lambda: load_tokenizer("owner/name", "main"), "model 'owner/name' ", advice)
+    assert len(asked) == 1 and asked[0].endswith("/owner/name/resolve/main/config.json")
+    for fine in (None, not_found(hub.HfHubHTTPError), not_found(hub.RemoteEntryNotFoundError)):
+        answer(fine)
+        refusal(lambda: load_tokenizer("owner/name"), "it goes on")
+    answer(said)
+    monkeypatch.setattr(load, "try_to_load_from_cache", lambda *_, **__: "config.json")
+    refusal(lambda: load_tokenizer("owner/name"), "it goes on")
 
 
 # Adapters -------------------------------------------------------------------------------------------------------------

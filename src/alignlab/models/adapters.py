@@ -6,16 +6,26 @@ import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Literal, cast
+from typing import TYPE_CHECKING, Literal, cast
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
-from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from alignlab.errors import UserError
-from alignlab.models.roles import ScalarModel, copy_sharing, hidden_size, quantization, seeded, trainable_copy, unwrap
+from alignlab.models.roles import (
+    ScalarModel,
+    copy_sharing,
+    has_adapter,
+    hidden_size,
+    quantization,
+    seeded,
+    trainable_copy,
+    unwrap,
+)
+
+if TYPE_CHECKING:  # they take seconds to import
+    from peft import LoraConfig, PeftModel
+    from transformers import PreTrainedModel
 
 MERGE_TOLERANCE = 1e-4
 """How far the logits of a merged model may be from its adapter's, as a share of the largest: rounding in float32."""
@@ -27,11 +37,13 @@ CRITIC_RANK = 8
 
 def with_adapter(model: PreTrainedModel, config: LoraConfig, seed: int) -> PeftModel:
     """The model under an adapter drawn from `seed`, in float32 or wider, which changes nothing yet (B = 0)."""
+    from peft import get_peft_model
+
     base = config.base_model_name_or_path
     with seeded(seed), warnings.catch_warnings(action="ignore"):
         adapted = get_peft_model(model, config, autocast_adapter_dtype=True)
     config.base_model_name_or_path = base  # peft puts the folder in its place, and warns of it
-    return cast(PeftModel, adapted.eval())
+    return cast("PeftModel", adapted.eval())
 
 
 # ---- merging ---------------------------------------------------------------------------------------------------------
@@ -79,7 +91,7 @@ def merge_checked(policy: PeftModel, dtype: torch.dtype | None = None) -> tuple[
         with policy.disable_adapter():
             without = fixed_logits(policy)
         adapted = fixed_logits(policy)
-        merged = cast(PreTrainedModel, policy.merge_and_unload())
+        merged = cast("PreTrainedModel", policy.merge_and_unload())
         plain = fixed_logits(merged)
         for parameter in merged.parameters():
             parameter.copy_(parameter.to(kept[parameter]))
@@ -166,26 +178,29 @@ def make_value_model(
             f"a critic on the reward model's trunk reads the policy's tokens, but there are {own_rows} embeddings in "
             f"it and {rows} in the policy; give the critic a trunk of its own"
         )
-    config = policy.active_peft_config if isinstance(policy, PeftModel) else None
-    rank = config.r if isinstance(config, LoraConfig) else CRITIC_RANK
+    rank = getattr(policy.active_peft_config, "r", CRITIC_RANK) if has_adapter(policy) else CRITIC_RANK
     return ScalarModel(_adapted_trunk(reward_model, rank, seed), hidden_size(reward_model))
 
 
 def _adapted_trunk(reward_model: ScalarModel, rank: int, seed: int) -> PeftModel:
     """A copy of a reward model's trunk under an adapter that is trained."""
-    trunk = cast(PreTrainedModel | PeftModel, reward_model.backbone)
-    if isinstance(trunk, PeftModel) and quantization(trunk):
+    from peft import LoraConfig
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    trunk = cast("PreTrainedModel | PeftModel", reward_model.backbone)
+    if has_adapter(trunk) and quantization(trunk):
         copied = copy_sharing(trunk, [p for name, p in trunk.named_parameters() if ".lora_" not in name])
         for name, parameter in copied.named_parameters():
             if ".lora_" in name:
                 parameter.requires_grad_(True)
         return copied
-    if isinstance(trunk, PeftModel):
+    if has_adapter(trunk):
         changed = {p for m in trunk.modules() if isinstance(m, BaseTunerLayer) for p in m.parameters()}
         copied = copy_sharing(trunk, [p for p in trunk.parameters() if p not in changed])
         base, name = merge_adapter(copied), str(trunk.active_peft_config.base_model_name_or_path)
     else:
-        base, name = copy_sharing(trunk, list(trunk.parameters())), str(trunk.config.name_or_path)
+        plain = cast("PreTrainedModel", trunk)
+        base, name = copy_sharing(plain, list(plain.parameters())), str(plain.config.name_or_path)
     return with_adapter(
         base,
         LoraConfig(

@@ -9,9 +9,10 @@ import warnings
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
+import transformers
 from huggingface_hub import get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
 from huggingface_hub.errors import (
     GatedRepoError,
@@ -21,19 +22,7 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 from huggingface_hub.utils import logging as hub_logging
-from peft import LoraConfig, PeftConfig, PeftModel
-from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    GenerationConfig,
-    PreTrainedConfig,
-    PreTrainedModel,
-)
-from transformers import PreTrainedTokenizerBase as Tokenizer
-from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging as transformers_logging
 
 from alignlab.errors import UserError
@@ -58,6 +47,7 @@ from alignlab.models.roles import (
     ScalarModel,
     disable_dropout,
     freeze,
+    has_adapter,
     head,
     hidden_size,
     seeded,
@@ -73,6 +63,11 @@ from alignlab.models.store import (
     stored_quantization,
     weight_files,
 )
+
+if TYPE_CHECKING:  # they take seconds to import; `transformers` itself finds its classes when they are asked for
+    from peft import LoraConfig, PeftModel
+    from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
+    from transformers import PreTrainedTokenizerBase as Tokenizer
 
 HEAD_TOLERANCE = 0.02
 """How far a model's own logits may be from trunk times head, as a share of the largest: rounding in bfloat16."""
@@ -109,8 +104,8 @@ def load_tokenizer(name: str, revision: str | None = None) -> Tokenizer:
     with explained(name):
         if not Path(where).is_dir():
             _ask_hub(where, revision)
-        tokenizer = AutoTokenizer.from_pretrained(where, revision=revision, trust_remote_code=False)
-    return cast(Tokenizer, tokenizer)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(where, revision=revision, trust_remote_code=False)
+    return cast("Tokenizer", tokenizer)
 
 
 def _ask_hub(name: str, revision: str | None) -> None:
@@ -136,20 +131,20 @@ def load_generation_config(name: str, revision: str | None = None) -> Generation
     where = location_of("generation_config.json", name)
     if not Path(where).is_dir():
         try:
-            return GenerationConfig.from_pretrained(where, revision=revision or "main")
+            return transformers.GenerationConfig.from_pretrained(where, revision=revision or "main")
         except OSError:
             return None
     if not (Path(where) / "generation_config.json").is_file():
         return None
     with explained(name):
-        return GenerationConfig.from_pretrained(where)
+        return transformers.GenerationConfig.from_pretrained(where)
 
 
 def weights_dtype(name: str, revision: str | None = None) -> Dtype:
     """The type in which a model's files hold its weights; of a folder with an adapter, its base model's."""
     where = location_of("config.json", name)
     with explained(name):
-        config = AutoConfig.from_pretrained(where, revision=revision, trust_remote_code=False)
+        config = transformers.AutoConfig.from_pretrained(where, revision=revision, trust_remote_code=False)
     known = str(config.get_text_config().dtype or config.dtype or torch.float32).removeprefix("torch.")
     return cast(Dtype, known)
 
@@ -175,7 +170,7 @@ def load_policy(
             "model.quantization"
         )
     model = load_stored(choice, seed=seed, device=device)
-    if choice.adapter is None and isinstance(model, PeftModel):
+    if choice.adapter is None and has_adapter(model):
         with explained(choice.name):
             return merge_adapter(model).requires_grad_(True)
     return model
@@ -234,13 +229,13 @@ def _load_base(choice: ModelChoice, name: str, seed: int, device: torch.device) 
     where = location(name)
     require_config(name, Path(where))
     with explained(name):
-        config = AutoConfig.from_pretrained(where, revision=choice.revision, trust_remote_code=False)
+        config = transformers.AutoConfig.from_pretrained(where, revision=choice.revision, trust_remote_code=False)
     text = config.get_text_config()
     dtype = _dtype(choice.dtype, device)
     attention = require_settings(choice, name, str(text.model_type))
     if choice.weights == "random":
         with explained(name), seeded(seed):
-            model = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
+            model = transformers.AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
                 _overridden(text, choice.overrides), dtype=dtype, attn_implementation=attention
             )
     else:
@@ -248,7 +243,7 @@ def _load_base(choice: ModelChoice, name: str, seed: int, device: torch.device) 
     _require_usable(model, name)
     if choice.quantization:
         _quantise(model, name, choice.quantization, device)
-    return cast(PreTrainedModel, model.to(device))
+    return cast("PreTrainedModel", model.to(device))
 
 
 def _quantise(model: PreTrainedModel, name: str, kind: Quantization, device: torch.device) -> None:
@@ -295,8 +290,8 @@ def _read_pretrained(
     text = config.get_text_config()
     with explained(name):
         model, report = cast(
-            tuple[PreTrainedModel, dict[str, Any]],
-            AutoModelForCausalLM.from_pretrained(
+            "tuple[PreTrainedModel, dict[str, Any]]",
+            transformers.AutoModelForCausalLM.from_pretrained(
                 where,
                 revision=revision,
                 config=text,
@@ -339,6 +334,8 @@ def _require_usable(model: PreTrainedModel, name: str) -> None:
 
 def _add_adapter(model: PreTrainedModel, choice: ModelChoice, lora: LoraChoice, seed: int) -> PeftModel:
     """A fresh adapter, which changes nothing yet (B = 0)."""
+    from peft import LoraConfig
+
     tied = bool(model.config.get_text_config().tie_word_embeddings)
     require_targets(lora, linear_layers(model), tied)
     folder = Path(choice.name).expanduser()
@@ -361,6 +358,8 @@ def _read_adapter(folder: Path, choice: ModelChoice) -> LoraConfig:
     Raises:
         UserError: it is more than a plain LoRA adapter, or not the adapter that was asked for.
     """
+    from peft import LoraConfig, PeftConfig
+
     with explained(choice.name), warnings.catch_warnings(action="ignore"):
         config = PeftConfig.from_pretrained(str(folder))
     beyond = ("modules_to_save", "trainable_token_indices", "target_parameters", "layer_replication")
@@ -379,6 +378,8 @@ def _read_adapter(folder: Path, choice: ModelChoice) -> LoraConfig:
 
 def _require_layers(model: PeftModel, choice: ModelChoice, linear: set[str]) -> None:
     """A stored adapter is on linear layers only, and on those that the recipe names."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
     layers = {name for name, module in unwrap(model).named_modules() if isinstance(module, BaseTunerLayer)}
     if stray := sorted(layers - linear):
         raise UserError(f"model {choice.name!r}: its adapter is on {listed(stray)}; merge it into its base model first")
@@ -391,6 +392,8 @@ def _require_layers(model: PeftModel, choice: ModelChoice, linear: set[str]) -> 
 
 def linear_layers(model: PreTrainedModel) -> set[str]:
     """Names of the layers that an adapter may go on: the linear ones, without the head."""
+    from transformers.pytorch_utils import Conv1D
+
     top = model.get_output_embeddings()  # type: ignore[no-untyped-call]
     return {name for name, m in model.named_modules() if isinstance(m, nn.Linear | Conv1D) and m is not top}
 

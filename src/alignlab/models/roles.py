@@ -12,12 +12,14 @@ import warnings
 from collections.abc import Collection, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any, Literal, TypeVar, cast
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, TypeGuard, TypeVar, cast
 
 import torch
-from peft import PeftModel
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+
+if TYPE_CHECKING:  # both take seconds to import, and what only talks about models needs neither
+    from peft import PeftModel
+    from transformers import PreTrainedModel
 
 M = TypeVar("M", bound=nn.Module)
 Quantization = Literal["4bit", "8bit"]
@@ -81,7 +83,7 @@ class ScalarModel(nn.Module):
         return {"weight": self.head.weight, "bias": self.head.bias, "shift": self.shift, "scale": self.scale}
 
 
-Model = PreTrainedModel | PeftModel | AdapterOff | ScalarModel
+Model: TypeAlias = "PreTrainedModel | PeftModel | AdapterOff | ScalarModel"
 
 
 # ---- what is in a model ----------------------------------------------------------------------------------------------
@@ -97,11 +99,13 @@ class Head:
 
 def unwrap(model: object) -> PreTrainedModel:
     """The `transformers` causal LM inside a policy, reference view or scalar model (adapter layers stay in place)."""
+    from transformers import PreTrainedModel
+
     if isinstance(model, AdapterOff):
         model = model.policy
     if isinstance(model, ScalarModel):
         model = model.backbone
-    if isinstance(model, PeftModel):
+    if has_adapter(model):
         model = model.get_base_model()
     if not isinstance(model, PreTrainedModel):
         raise TypeError(f"expected a transformers model, got {type(model).__name__}")
@@ -151,7 +155,9 @@ def quantization(model: object) -> Quantization | None:
     return cast(Quantization | None, getattr(unwrap(model), "quantization", None))
 
 
-def has_adapter(model: object) -> bool:
+def has_adapter(model: object) -> TypeGuard[PeftModel]:
+    from peft import PeftModel
+
     return isinstance(model, PeftModel)
 
 
@@ -213,7 +219,7 @@ def frozen_copy(model: M) -> M:
 
 def make_reference(policy: PreTrainedModel | PeftModel, *, fresh_adapter: bool) -> Model:
     """The frozen starting policy: the adapter-off view where the adapter is fresh, else a copy with its adapter."""
-    if fresh_adapter and isinstance(policy, PeftModel):
+    if fresh_adapter and has_adapter(policy):
         return AdapterOff(policy)
     return cast(Model, frozen_copy(policy))
 

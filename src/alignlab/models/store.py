@@ -8,18 +8,20 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
-from peft import PeftModel, get_peft_model_state_dict
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from alignlab.errors import UserError
 from alignlab.models.explain import brief, listed, require_fit
-from alignlab.models.roles import Quantization, ScalarModel, quantization
+from alignlab.models.roles import Quantization, ScalarModel, has_adapter, quantization
+
+if TYPE_CHECKING:  # they take seconds to import
+    from peft import PeftModel
+    from transformers import PreTrainedModel
 
 HEAD_FILE = "scalar_head.safetensors"
 ADAPTER_FILE = "adapter_config.json"
@@ -37,7 +39,7 @@ def save_model(model: nn.Module, folder: Path) -> None:
         save_model(model.backbone, folder)
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.head_tensors().items()}
         save_file(tensors, str(folder / HEAD_FILE))
-    elif isinstance(model, PeftModel):
+    elif has_adapter(model):
         model.save_pretrained(str(folder), save_embedding_layers=False)  # "auto" would ask the hub about the base
         (folder / "README.md").unlink(missing_ok=True)  # peft's model-card template
         config = read_json(folder / ADAPTER_FILE)  # peft writes sets in hash order, which differs between processes
@@ -50,7 +52,7 @@ def save_model(model: nn.Module, folder: Path) -> None:
         }
         (folder / BASE_FILE).write_text(json.dumps(base, indent=1) + "\n", "utf-8")
     else:
-        cast(PreTrainedModel, model).save_pretrained(str(folder))
+        cast("PreTrainedModel", model).save_pretrained(str(folder))
 
 
 def load_weights(model: nn.Module, folder: Path) -> None:
@@ -62,12 +64,14 @@ def load_weights(model: nn.Module, folder: Path) -> None:
     if isinstance(model, ScalarModel):
         load_head(model, folder)
         load_weights(model.backbone, folder)
-    elif isinstance(model, PeftModel):
+    elif has_adapter(model):
         base = read_json(folder / BASE_FILE) if (folder / BASE_FILE).is_file() else None
         if base is not None and not _same_base(base.get("weights"), base_values(model)):
             raise UserError(
                 f"{folder}: trained on other base weights than {base.get('name')!r} has now; train it again"
             )
+        from peft import get_peft_model_state_dict
+
         own = get_peft_model_state_dict(model, save_embedding_layers=False)
         _fill(own, _read_tensors(folder / ADAPTER_WEIGHTS), folder)
     else:
