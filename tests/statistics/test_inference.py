@@ -185,6 +185,8 @@ def interval(low: float, high: float, confidence: float = 0.95) -> Interval:
         (0.0, 0.2, "inconclusive"),
         (-0.2, 0.0, "inconclusive"),
         (0.0, 0.0, "inconclusive"),
+        (1.0, 1.0, "inconclusive"),  # two prompts that agree: no spread was seen to judge by
+        (-0.5, -0.5, "inconclusive"),
     ],
 )
 def test_verdict_without_a_margin(low: float, high: float, expected: Verdict) -> None:
@@ -200,6 +202,7 @@ def test_verdict_without_a_margin(low: float, high: float, expected: Verdict) ->
         ((-0.20, 0.30), (-0.10, 0.20), "inconclusive"),
         ((0.01, 0.04), (0.02, 0.03), "equivalent"),  # above 0, and too small to matter
         ((-0.04, -0.01), (-0.03, -0.02), "equivalent"),
+        ((0.0, 0.0), (0.0, 0.0), "inconclusive"),
         ((0.01, 0.09), (0.02, 0.08), "better"),
         ((-0.09, -0.01), (-0.08, -0.02), "worse"),
     ],

@@ -105,6 +105,18 @@ def test_a_gain_without_an_interval_and_one_of_width_zero() -> None:
     assert len(marks(svg, "circle", "disc")) == 2 and len(marks(svg, "line", "interval")) == 1
 
 
+def test_a_label_has_the_room_that_is_there_and_keeps_its_mark() -> None:
+    """On a desk a long label is whole, on a phone it is cut; the mark behind it never is."""
+    label = "best of 8 (reward model)"
+    for width, shown in ((892, f"{label} †"), (368, f"{label[:17]}… †")):
+        svg = gain_plot(
+            [("all tasks", [Gain(label=f"{label} †", tone="k1", mean=1.0)])], width=width, title="", axis=""
+        )
+        assert texts(svg, "row") == [shown]
+        (row,) = marks(svg, "text", "row")
+        assert float(row["x"]) > 7.6 * len(shown)  # it ends there, and begins within the plot
+
+
 def test_plots_have_a_name_for_those_who_cannot_see_them() -> None:
     curve = Curve(label="PPO", tone="k2", x=(0.0, 40.0), mean=(0.1, 1.25), error=(0.0, 0.1))
     for svg, name in (

@@ -103,6 +103,7 @@ def test_only_finite_numbers_are_numbers(value: object) -> None:
 def test_numbers_as_words() -> None:
     assert fixed(-3.14159, 1) == "−3.1" and fixed(-0.04, 1, "+") == "+0.0" and fixed(-0.04, 1) == "0.0"
     assert gain({"mean": 0.155, "low": 0.12, "high": 0.19}) == "+15.5 [12.0,\N{NO-BREAK SPACE}19.0]"
+    assert gain({"mean": 1.0, "low": 1.0, "high": 1.0}) == "+100.0 [no spread]"
     assert gain({"mean": 0.155, "low": None, "high": float("nan")}) == "+15.5 [no interval]"
     assert bracket({"low": -0.69, "high": 1.69}, 1.0, 2) == " [−0.69,\N{NO-BREAK SPACE}1.69]"
     assert count(204800) == "204\N{NARROW NO-BREAK SPACE}800" and count(0) == "0"

@@ -14,12 +14,12 @@ import jinja2
 import pytest
 from rich.console import Console
 
-from alignlab.statistics.inference import permutation_floor
+from alignlab.statistics.inference import NO_SPREAD, permutation_floor
 from alignlab.study import report
 from alignlab.study.reading import Arm
 from alignlab.study.report import headline, render_report, terminal_table, verdict_lines, write_report
 
-from .fake_results import CASES, HOSTILE, SEEDS, TASKS, bare, failed, fake_results, with_text
+from .fake_results import CASES, HOSTILE, SEEDS, TASKS, bare, broken, failed, fake_results, with_text
 
 Results = dict[str, Any]
 SECTIONS = [
@@ -127,6 +127,14 @@ def test_the_table_of_arms_is_the_mean_and_sd_over_seeds_of_the_runs(results: Re
     assert rows["DPO"][2] == "mixed" and rows["PPO"][2] == "better"
     assert rows["PPO"][5:] == ["10 240", "398 212", "796 424", "96", "1.41"]
     assert rows["SFT"][5:] == ["0", "0", "262 144", "61", "0.61"]  # from the shared stage
+
+
+def test_an_interval_of_width_zero_is_no_spread_and_the_facts_say_so(results: Results, page: Page) -> None:
+    assert "no spread" not in " ".join(page.texts("dd"))
+    found = Page(render_report(broken()))
+    rows = {row[0]: row[1:] for row in found.table(0)}
+    assert rows["GRPO"][1].endswith(" [no spread]")
+    assert any(f"[no spread]: {NO_SPREAD}" in text for text in found.texts("dd"))
 
 
 def test_the_table_of_tasks_marks_what_was_trained_on(results: Results, page: Page) -> None:

@@ -414,7 +414,7 @@ def test_the_report_says_what_choosing_costs(rivals: tuple[Study, Path, dict[str
     assert "3 times the tokens" in note and "pass@" not in note
     assert found["plan"]["trained_on"] == {}
     page = render_report(found)
-    assert "sampled)" in page and "An answer costs 3 times the tokens" in page and "of 2 runs" not in page
+    assert " sampled</small>" in page and "An answer costs 3 times the tokens" in page and "of 2 runs" not in page
     assert "One seed only" not in headline(found)
     lines = [str(line) for line in verdict_lines(found)]
     assert any("best of 3" in line and "no training seed varies" in line for line in lines)

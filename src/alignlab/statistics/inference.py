@@ -94,22 +94,27 @@ def verdict(
 ) -> Verdict:
     """One word for an interval of "arm minus comparison" where more is better.
 
-    In this order: `equivalent` where a margin was declared and the whole 90 % interval lies strictly inside
-    (-margin, margin) (two one-sided tests at .05, Schuirmann 1987); `better` where low > 0; `worse` where high < 0;
-    else `inconclusive`. Equivalence comes first because the margin, declared before the runs, says which differences
-    do not matter: a gain shown to be that small is not sold as a win. This order can only make `better` and `worse`
-    rarer, so all error rates hold. A margin chosen after seeing the results makes the word worthless.
+    In this order: `inconclusive` for an interval of width 0, which has seen no spread to judge by; `equivalent` where a
+    margin was declared and the whole 90 % interval lies strictly inside (-margin, margin) (two one-sided tests at .05,
+    Schuirmann 1987); `better` where low > 0; `worse` where high < 0; else `inconclusive`. Equivalence comes before
+    these because the margin, declared before the runs, says which differences do not matter: a gain shown to be that
+    small is not sold as a win. This order can only make `better` and `worse` rarer, so all error rates hold. A margin
+    chosen after seeing the results makes the word worthless.
 
     Raises:
         ValueError: a margin that is not positive, or one without the 90 % interval of the same differences.
     """
+    matters = True
     if equivalence_margin is not None:
         if not 0.0 < equivalence_margin < math.inf:
             raise ValueError(f"equivalence_margin is {equivalence_margin}, but must be positive and finite, or None")
         if interval_90 is None or not math.isclose(interval_90.confidence, EQUIVALENCE_CONFIDENCE):
             raise ValueError("an equivalence_margin needs interval_90: pass crossed_interval(differences, 0.90)")
-        if -equivalence_margin < interval_90.low and interval_90.high < equivalence_margin:
-            return "equivalent"
+        matters = not -equivalence_margin < interval_90.low <= interval_90.high < equivalence_margin
+    if interval.low == interval.high:
+        return "inconclusive"
+    if not matters:
+        return "equivalent"
     if interval.low > 0.0:
         return "better"
     return "worse" if interval.high < 0.0 else "inconclusive"

@@ -19,6 +19,8 @@ LABEL_GAP = 13.0
 """Smallest distance between the baselines of two labels (px)."""
 GLYPH = 7.6
 """Room for one letter of a row label (px): DejaVu Sans at 13 px, the widest face of the page's font stack."""
+MARK = " †"
+"""Behind the label of an arm whose training reward contains the grader."""
 POINTS = 100.0
 """A gain lies in [-100, 100] points; the axis never leaves that range, however wide an interval is."""
 
@@ -69,7 +71,8 @@ def gain_plot(groups: Sequence[tuple[str, Sequence[Gain]]], *, width: int, title
     A narrow plot (below 500 px) gives every group's name a line of its own; a wide one sets it beside the first row.
     """
     stacked, pitch = width < 500, 30.0
-    letters = max((len(_clip(row.label)) for _, rows in groups for row in rows), default=0)
+    longest = 18 if stacked else 32
+    letters = max((len(_clip(row.label, longest)) for _, rows in groups for row in rows), default=0)
     names = 0 if stacked else max((len(_clip(name)) for name, _ in groups), default=0)
     left, right = 18.0 + GLYPH * letters + (GLYPH * names + 22 if names else 0), width - 16.0
     ticks = _gain_ticks([row for _, rows in groups for row in rows], most=5 if stacked else 9)
@@ -84,7 +87,8 @@ def gain_plot(groups: Sequence[tuple[str, Sequence[Gain]]], *, width: int, title
         marks.append(element("text", _clip(name), x=0, y=y + 4.5, class_="group"))
         y += 24.0 if stacked else 0.0
         for row in rows:
-            marks.append(element("text", _clip(row.label), x=left - 14, y=y + 4.5, class_="row", text_anchor="end"))
+            label = _clip(row.label, longest)
+            marks.append(element("text", label, x=left - 14, y=y + 4.5, class_="row", text_anchor="end"))
             marks.extend(_gain_marks(row, across, y, low, high))
             y += pitch
         y += 10.0
@@ -111,8 +115,8 @@ def gain_plot(groups: Sequence[tuple[str, Sequence[Gain]]], *, width: int, title
             ),
         )
     ]
-    label = element("text", _clip(axis, 48), x=right, y=bottom + 36, class_="axis", text_anchor="end")
-    return drawing(width, bottom + 42, title, [*grid, *marks, label])
+    below = element("text", _clip(axis, 48), x=right, y=bottom + 36, class_="axis", text_anchor="end")
+    return drawing(width, bottom + 42, title, [*grid, *marks, below])
 
 
 def curve_plot(title: str, curves: Sequence[Curve], *, axis: str, width: int = 390, height: int = 218) -> Markup:
@@ -192,4 +196,6 @@ def _ends_in_words(curves: Sequence[Curve]) -> str:
 
 
 def _clip(label: str, most: int = 18) -> str:
-    return label if len(label) <= most else label[: most - 1] + "…"
+    """The label within so many letters; a mark behind it (†) is never cut off."""
+    name, mark = (label.removesuffix(MARK), MARK) if label.endswith(MARK) else (label, "")
+    return name + mark if len(name) <= most else name[: most - 1] + "…" + mark

@@ -252,6 +252,8 @@ def bracket(row: Mapping[str, Any], scale: float, decimals: int) -> str:
     low, high = number(row.get("low")), number(row.get("high"))
     if low is None or high is None:
         return " [no interval]"
+    if low == high:
+        return " [no spread]"
     return f" [{fixed(scale * low, decimals)},{SPACE}{fixed(scale * high, decimals)}]"
 
 

@@ -21,8 +21,8 @@ import jinja2
 from rich.table import Table
 from rich.text import Text
 
-from alignlab.statistics.inference import permutation_floor
-from alignlab.study.plots import Curve, Gain, curve_plot, gain_plot
+from alignlab.statistics.inference import NO_SPREAD, permutation_floor
+from alignlab.study.plots import MARK, Curve, Gain, curve_plot, gain_plot
 from alignlab.study.reading import (
     KL,
     LENGTH,
@@ -91,8 +91,8 @@ def terminal_table(results: Mapping[str, Any]) -> Table:
         else:
             table.add_column(Text(title), justify="right", no_wrap=True)
     for row in _arm_rows(study):
-        cells = {**row, **row["cost"], "gain": row["gain"].replace(" [", "\n[")}
-        cells["length"] = row["length"].replace(" (", "\n(").replace(" sampled", "")
+        cells = {**row, **row["cost"], "gain": f"{row['gain']}\n{row['interval']}".strip()}
+        cells["length"] = f"{row['length']}\n({row['sampled']})" if row["sampled"] else row["length"]
         cells |= {"arm": f"{row['label']}\n{row['runs']}".strip(), "score": f"{row['score']}\n{row['spread']}".strip()}
         table.add_row(*(Text(cells[name]) for name in titles))
     return table
@@ -154,7 +154,7 @@ def _gain_plots(study: StudyResults) -> dict[str, str]:
 
 
 def _gain_mark(study: StudyResults, arm: Arm, task: str | None) -> Gain:
-    label = arm.label + (" †" if task is not None and study.trained_on(arm, task) else "")
+    label = arm.label + (MARK if task is not None and study.trained_on(arm, task) else "")
     row = study.comparison(arm, study.reference, task)
     if row is None:
         return Gain(label=label, tone=arm.tone, note="not compared" if arm.finished else "no finished run")
@@ -239,20 +239,14 @@ def _arm_row(study: StudyResults, arm: Arm) -> dict[str, Any]:
         "score": ("failed" if arm.failed else NONE) if score is None else points(score),
         "spread": "" if spread is None else f"±{points(spread)}",
         "runs": arm.shortfall,
-        "gain": NONE if row is None else gain(row),
+        **dict(zip(("gain", "interval"), (NONE, "") if row is None else gain(row).split(" ", 1), strict=True)),
         "verdict": "mixed" if mixed else row["verdict"] if row else NONE,
         "verdict_tone": "bad" if mixed else WORDS[row["verdict"]][1] if row else "",
-        "length": _length(arm),
+        "length": NONE if arm.length is None else f"{arm.length:.1f}",
+        "sampled": count(arm.sampled) if arm.sampled else "",
         "kl": NONE if arm.kl is None else decimal(arm.kl),
         "cost": {key: _cost(study, arm, key) for key in LEDGER},
     }
-
-
-def _length(arm: Arm) -> str:
-    """Mean length, and what was sampled for it where candidates were chosen from."""
-    if arm.length is None:
-        return NONE
-    return f"{arm.length:.1f}" + (f" ({count(arm.sampled)} sampled)" if arm.sampled else "")
 
 
 def _cost(study: StudyResults, arm: Arm, key: str) -> str:
@@ -471,7 +465,8 @@ def _facts(study: StudyResults) -> Iterator[tuple[str, str]]:
         "Intervals",
         f"{study.level} t intervals of the crossed seed × prompt model; {samples}, at most "
         f"{plan['max_completion_tokens']} tokens. {len(study.comparisons)} comparisons, not corrected for their "
-        f"number. {reference} against the untrained model: over prompts only, because each is a single run.",
+        f"number. {reference} against the untrained model: over prompts only, because each is a single run."
+        + (f" [no spread]: {NO_SPREAD}, so its verdict is open." if _has_no_spread(study) else ""),
     )
     yield "Equivalence", _equivalence(study)
     yield "Trained on the metric", _training_overlap(study)
@@ -492,6 +487,11 @@ def _facts(study: StudyResults) -> Iterator[tuple[str, str]]:
     for note in study.results.get("notes", []):
         yield "Note", str(note)
     yield "Environment", _environment(study)
+
+
+def _has_no_spread(study: StudyResults) -> bool:
+    rows = study.comparisons.values()
+    return any(low is not None and low == number(row.get("high")) for row in rows for low in [number(row.get("low"))])
 
 
 def _equivalence(study: StudyResults) -> str:
