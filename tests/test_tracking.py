@@ -16,7 +16,7 @@ import pytest
 from alignlab import registry
 from alignlab.errors import UserError
 from alignlab.tasks import get_task
-from alignlab.tracking import COMPLETIONS, HISTORY, Tracker, append_jsonl, read_jsonl, rewind, write_json
+from alignlab.tracking import COMPLETIONS, HISTORY, SHOWN, Tracker, append_jsonl, read_jsonl, rewind, write_json
 from tests.runs import debug_run, metric_keys, rows
 
 GLOSSARY = Path(__file__).parents[1] / "docs" / "metrics.md"
@@ -128,6 +128,11 @@ def test_plain_lines_where_there_is_no_terminal(tmp_path: Path) -> None:
     assert lines[-1].startswith("grpo  100/100")
 
 
+def test_the_names_of_the_progress_line_are_explained() -> None:
+    page = (Path(__file__).parents[1] / "docs" / "metrics.md").read_text("utf-8")
+    assert all(f"`{name}` is `{metric}`" in page for metric, name in SHOWN.items())
+
+
 def test_what_is_said_is_not_wrapped_and_not_taken_for_markup(tmp_path: Path) -> None:
     stream = io.StringIO()
     line = f"sft: {'long/' * 60}data[train][/b].jsonl: 3 of 4 rows"
@@ -149,7 +154,7 @@ def test_a_terminal_gets_a_bar_with_rate_and_numbers(tmp_path: Path, monkeypatch
     with tracker(tmp_path, stream=stream) as log:
         for phase in range(1, 5):
             log.advance(phase, {"reward/mean": 0.5, "policy/kl_per_sequence": 0.125}, seconds=2.0)
-    for shown in ("grpo", "100%", "2.00 s/phase", "reward 0.500", "policy 0.125", "0:00:00"):
+    for shown in ("grpo", "100%", "2.00 s/phase", "reward 0.500", "KL 0.125", "0:00:00"):
         assert shown in stream.getvalue()
 
 

@@ -22,8 +22,13 @@ from alignlab.registry import did_you_mean
 
 HISTORY = "log_history.jsonl"
 COMPLETIONS = "completions.jsonl"
-SHOWN = ("reward/mean", "policy/kl_per_sequence", "preference/accuracy", "loss/total")
-"""Metrics beside the progress bar, in this order, those that exist."""
+SHOWN = {
+    "reward/mean": "reward",
+    "policy/kl_per_sequence": "KL",
+    "preference/accuracy": "accuracy",
+    "loss/total": "loss",
+}
+"""Metrics beside the progress bar, in this order, those that exist, and their names in its little room."""
 MIRRORS = ("tensorboard", "wandb")
 """What else a log can be written to."""
 
@@ -148,8 +153,7 @@ class Tracker:
 
     def advance(self, phase: int, metrics: Mapping[str, float], seconds: float) -> None:
         """Shows that `phase` phases are finished, with the numbers people look at."""
-        shown = [(k, metrics[k]) for k in SHOWN if k in metrics]
-        numbers = "  ".join(f"{name.split('/')[0]} {value:.3f}" for name, value in shown)
+        numbers = "  ".join(f"{name} {metrics[metric]:.3f}" for metric, name in SHOWN.items() if metric in metrics)
         rate = f"{seconds:.2f} s/phase"
         if self._progress is not None:
             self._progress.update(self._task, completed=phase, numbers=numbers, rate=rate)
