@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import os
 import re
@@ -17,8 +18,12 @@ from typing import Any
 import pytest
 
 import alignlab as package
-from alignlab import cli, pipeline
+from alignlab import cli, pipeline, registry
+from alignlab.data.files import SUFFIXES
+from alignlab.data.formats import FIELDS
 from alignlab.pipeline.stage import Lock
+from alignlab.recipe import DataSection
+from alignlab.tasks import get_task
 from alignlab.train import RunError
 from tests.runs import (
     ROOT,
@@ -624,6 +629,54 @@ def test_the_commands_of_the_readme_run(tmp_path: Path) -> None:
             line, shell=True, cwd=tmp_path, env={**os.environ, "PATH": path}, capture_output=True, text=True
         )
         assert ran.returncode == 0, f"{line}\n{ran.stderr}"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("page", ["data", "rewards"])
+def test_the_examples_of_a_page_run(page: str, tmp_path: Path) -> None:
+    """Every block marked `<!-- run -->`, by the shell, one after the other in one folder."""
+    text = (ROOT / "docs" / f"{page}.md").read_text("utf-8")
+    blocks = re.findall(r"<!-- run -->\n```bash\n(.*?)```", text, re.DOTALL)
+    (tmp_path / "recipes").symlink_to(ROOT / "recipes")
+    path = f"{SCRIPT.parent}{os.pathsep}{os.environ['PATH']}"
+    for block in blocks:
+        ran = subprocess.run(
+            ["bash", "-e", "-c", block], cwd=tmp_path, env={**os.environ, "PATH": path}, capture_output=True, text=True
+        )
+        assert ran.returncode == 0, f"{block}\n{ran.stderr}"
+        for said in re.findall(r"^It says `([^`]+)`", text, re.MULTILINE):
+            assert page != "data" or said in ran.stderr
+    assert blocks
+
+
+def test_links_between_pages_lead_somewhere() -> None:
+    for page in (ROOT / "README.md", *(ROOT / "docs").rglob("*.md")):
+        for target in re.findall(r"\]\((?!https?:)([^)#]*)(?:#[^)]*)?\)", page.read_text("utf-8")):
+            assert (page.parent / target).exists(), f"{page.name}: {target}"
+
+
+def test_what_the_pages_say_of_data_and_rewards_is_so() -> None:
+    """Every key of the data section, every field of a row, every reward with its options, every task's default."""
+    data, rewards = ((ROOT / "docs" / f"{name}.md").read_text("utf-8") for name in ("data", "rewards"))
+    own = re.compile("|".join(rf"`(?:data\.)?{key}\b" for key in DataSection.model_fields))
+    named = {match.strip("`").removeprefix("data.") for match in own.findall(data)}
+    assert named == set(DataSection.model_fields), set(DataSection.model_fields) - named
+    assert all(f"`{field}`" in data for field in FIELDS) and all(suffix in data for suffix in SUFFIXES)
+    for name in registry.names("rewards"):
+        function = getattr(registry.resolve("rewards", name), name)
+        options = [p for p in inspect.signature(function).parameters.values() if p.kind is p.KEYWORD_ONLY]
+        row = next(line for line in rewards.splitlines() if line.startswith(f"| `{name}` |"))
+        for option in options:
+            if option.name not in ("reward_model", "template", "same_ids", "weight"):  # not a recipe's to give
+                told = re.findall(rf"`{option.name}` `?([\w.]+)", row)
+                assert str(option.default) in told, (name, option)
+    for name in registry.names("tasks"):
+        assert f"`{name}`" in data and f"`{name}`" in rewards
+        for reward, weight in get_task(name).default_reward.items():
+            (row,) = [
+                r for r in rewards.split("| task | default |")[1].split("\n\n")[0].splitlines() if f"`{name}`" in r
+            ]
+            assert f"`{reward}` {weight:g}" in row
 
 
 def test_what_the_readme_says_a_run_leaves_is_there() -> None:
