@@ -372,6 +372,118 @@ def test_remarks_are_made_only_where_they_hold() -> None:
         assert not any("below rounding" in remark for remark in loss.remarks)
 
 
+# ---- what does nothing -----------------------------------------------------------------------------------------------
+
+IDLE: list[tuple[str, dict[str, Any], str, Any]] = [
+    ("grpo", {}, "kl_estimator", "k2"),
+    ("grpo", {}, "kl_placement", "reward"),
+    ("grpo", {}, "kl_threshold", 0.1),
+    ("grpo", {}, "clip_high", 0.01),
+    ("grpo", {"epochs": 2, "variant": "cispo"}, "clip_low", 0.01),
+    ("grpo", {"kl_coef": 0.1}, "kl_target_per_sequence", 3.0),
+    ("grpo", {"kl_coef": 0.1}, "kl_horizon", 5.0),
+    ("grpo", {"kl_coef": 0.1, "kl_controller": "adaptive"}, "kl_targets_per_token", (0.1,)),
+    ("grpo", {"kl_coef": 0.1}, "kl_boundaries", (1,)),
+    ("grpo", {}, "lr_guard_patience", 1),
+    ("ppo", {}, "lr_guard_factor", 0.1),
+    ("ppo", {"kl_placement": "none"}, "kl_coef", 0.3),
+    ("ppo", {}, "shaping_coef", 3.0),
+    ("ppo", {}, "ema_decay", 0.5),
+    ("ppo", {"epochs": 1}, "value_clip", 0.001),
+    ("ppo", {"epochs": 1}, "stop_epochs_above_kl", 1e-9),
+    ("distill", {}, "clip_low", 0.01),
+    ("distill", {"objective": "full"}, "gamma", 0.7),
+    ("distill", {"objective": "full", "epochs": 2}, "clip_low", 0.01),
+    ("rejection", {}, "reward_scale", 3.0),
+    ("rejection", {}, "score_normaliser", "ema"),
+    ("rejection", {"min_reward": 0.3, "keep": None}, "keep", 5),
+    ("online_dpo", {}, "reward_scale", 3.0),
+]
+"""Method, settings, and a field that does nothing under them, with a value that is not the default."""
+AT_WORK: list[tuple[str, dict[str, Any]]] = [
+    ("grpo", {"kl_coef": 0.1, "kl_estimator": "k2", "kl_placement": "reward", "kl_threshold": 0.1}),
+    ("grpo", {"epochs": 2, "clip_low": 0.1, "clip_high": 0.1, "dual_clip": 3.0}),
+    ("grpo", {"baseline": "ema", "scale": "none", "ema_decay": 0.5}),
+    ("ppo", {"kl_controller": "adaptive", "kl_target_per_sequence": 3.0, "kl_horizon": 5.0}),
+    ("ppo", {"kl_controller": "lr_guard", "kl_targets_per_token": (0.1, 0.2), "kl_boundaries": (3,),
+             "lr_guard_factor": 0.1, "lr_guard_patience": 1}),
+    ("ppo", {"reward_placement": "dense", "dense_reward": "potential", "shaping_coef": 2.0}),
+    ("ppo", {"stop_epochs_above_kl": 0.1, "value_clip": 0.5}),
+    ("distill", {"gamma": 0.5, "epochs": 2, "clip_low": 0.1}),
+    ("rejection", {"min_reward": 0.5, "reward_scale": 2.0, "score_normaliser": "ema", "ema_decay": 0.5}),
+    ("rejection", {"missing_stop_penalty": 1.0, "reward_scale": 2.0, "keep": 2}),
+]  # fmt: skip
+
+
+def idle_keys(algorithm: Any) -> set[str]:
+    """Of the method's own."""
+    found = explain_stage(facts_of(stage_of(algorithm), {}), {}).idle
+    return {key.removeprefix("algorithm.") for key in found if key.startswith("algorithm.")}
+
+
+@pytest.mark.parametrize(("name", "settings", "field", "value"), IDLE)
+def test_what_is_said_to_do_nothing_changes_no_weight(
+    name: str, settings: dict[str, Any], field: str, value: Any
+) -> None:
+    method, small = algorithm_class(name), {"prompts_per_phase": 4, "group_size": 3, "learning_rate": 0.01}
+    weights = []
+    for more in ({}, {field: value}):
+        algorithm = method(**{**small, **settings, **more})
+        assert idle_keys(algorithm) == more.keys()
+        run = start_run(algorithm)
+        run.go(2)
+        weights.append(torch.cat([p.detach().flatten() for p in run.models["policy"].parameters()]))
+    assert torch.equal(*weights)
+
+
+@pytest.mark.parametrize(("name", "settings"), AT_WORK)
+def test_nothing_is_said_of_what_is_at_work(name: str, settings: dict[str, Any]) -> None:
+    assert idle_keys(algorithm_class(name)(**settings)) == set()
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_what_a_table_brings_along_is_nobodys_mistake(name: str) -> None:
+    method = algorithm_class(name)
+    for table, rows in (("preset", method.PRESETS), ("variant", method.VARIANTS)):
+        assert not any(idle_keys(method(**{table: row})) for row in rows)
+
+
+@pytest.mark.parametrize(
+    ("text", "key"),
+    [
+        ("data: {validation_fraction: 0.2}", "data.validation_fraction"),
+        ("data: {hub: a/b, validation_split: test, validation_fraction: 0.2}", "data.validation_fraction"),
+        ("data: {hub_config: main}", "data.hub_config"),
+        ("data: {path: sums.jsonl, split: train}", "data.split"),
+        ("data: {path: sums.jsonl, validation_split: test, validation_fraction: 0.2}", "data.validation_split"),
+        (
+            "data: {path: sums.jsonl, validation_split: 'train[4:]', validation_fraction: 0.2}",
+            "data.validation_fraction",
+        ),
+        ("data: {path: sums.jsonl, split: 'train[:4]', validation_fraction: 0.2}", None),
+        ("train: {schedule: {floor: 0.1}}", "train.schedule.floor"),
+        ("evaluation: {greedy: true, samples: 4}", "evaluation.samples"),
+        ("evaluation: {every: 4, prompts_per_task: 0}", "evaluation.every"),
+        ("reward: {exact: 1}", "reward"),
+        ("algorithm: grpo\nreward: {exact: 1}\nreward_model: .", "reward_model"),
+        ("algorithm: grpo\nreward: {learned: 1}\nreward_model: .\nevaluation: {samples: 4}", None),
+        ("data: {hub: a/b, system_prompt: Be brief., hub_config: c, validation_fraction: 0.2}", None),
+        ("train: {schedule: {floor: 0.1, shape: linear}}\nevaluation: {best_of: 2}\nreward: {exact: 1}", None),
+    ],
+)
+def test_keys_of_other_sections_that_do_nothing(tmp_path: Path, text: str, key: str | None) -> None:
+    path = tmp_path / "recipe.yaml"
+    write_rows(tmp_path / "sums.jsonl", [{"prompt": f"{i} + 1", "completion": str(i + 1)} for i in range(9)])
+    path.write_text(text if "algorithm" in text else f"{text}\nalgorithm: sft", "utf-8")
+    stage = load_recipe(path, ["data.task=reasoning"]).stages[0]
+    assert set(explain_stage(facts_of(stage, {}), {}).idle) == ({key} if key else set())
+
+
+def test_a_key_that_does_nothing_is_a_remark() -> None:
+    shown = " ".join(printed(stage_of({"name": "distill", "objective": "full", "gamma": 0.5})).split())
+    assert "! algorithm.gamma does nothing here: objective full differentiates" in shown
+
+
 # ---- presets ---------------------------------------------------------------------------------------------------------
 
 PPO = "data: {task: reasoning}\nalgorithm: {name: ppo, epochs: 2}\n"

@@ -9,6 +9,7 @@ from __future__ import annotations
 from alignlab.explain.batch import batch_of, batch_section
 from alignlab.explain.differences import changed, differences
 from alignlab.explain.facts import Facts, facts_of
+from alignlab.explain.idle import idle
 from alignlab.explain.kl import kl_section
 from alignlab.explain.loss import inputs_of, loss_section
 from alignlab.explain.origins import credit_section, mask_section, models_section, reward_section
@@ -57,6 +58,7 @@ def explain_stage(facts: Facts, earlier: dict[str, Stage]) -> StageExplained:
         preset=method.preset,
         variant=method.variant,
         changed=changed(method),
+        idle=idle(facts, batch),
         formula=facts.formula,
         inputs=inputs_of(facts),
         sections={name: section for name, section in sections.items() if section is not None},

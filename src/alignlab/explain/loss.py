@@ -142,7 +142,7 @@ def _denominator(line: str) -> set[str]:
     return {node.id for node in ast.walk(value.right) if isinstance(node, ast.Name)}
 
 
-def _below_rounding(facts: Facts) -> str:
+def below_rounding(facts: Facts) -> str:
     """What there is to say of a clip range within which the numbers of the policy's type cannot tell ratios apart."""
     auto = facts.stage.model.dtype == "auto"
     dtype = "bfloat16" if auto else facts.stage.model.dtype
@@ -161,7 +161,7 @@ def _below_rounding(facts: Facts) -> str:
 def _remarks(facts: Facts, batch: Batch | None, formula: Sequence[str]) -> tuple[str, ...]:
     final = formula[-1]
     clips = "ratio" in " ".join(formula) and facts.get("clip_high") is not None
-    narrow = _below_rounding(facts) if clips else ""
+    narrow = below_rounding(facts) if clips else ""
     single = batch is not None and batch.steps_per_phase == 1
     grouped = facts.get("baseline") == "group" and facts.get("surrogate") is not None
     return said(

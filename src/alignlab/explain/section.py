@@ -49,6 +49,8 @@ class StageExplained:
     variant: str | None
     changed: Mapping[str, tuple[str, str]]
     """Field -> its value in this recipe, and what preset, variant and defaults alone would give."""
+    idle: Mapping[str, str]
+    """Key that the recipe sets and nothing reads -> why."""
     formula: tuple[str, ...]
     """The loss of an optimiser step as assignments in Python's syntax."""
     inputs: Mapping[str, tuple[str, str]]

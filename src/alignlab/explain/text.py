@@ -112,6 +112,8 @@ def _origin(stage: StageExplained, width: int) -> Iterator[Text]:
     yield from _line(Line("starts from", f"{used}, over the method's defaults"), width)
     values = "; ".join(f"{name} {here} (not {below})" for name, (here, below) in stage.changed.items())
     yield from _line(Line("set here", values or "nothing else"), width)
+    for key, why in stage.idle.items():
+        yield from _wrapped(f"{key} does nothing here: {why}.", width, bullet="! ", style="yellow")
 
 
 def _differences(table: Differences, width: int) -> Iterator[Text]:
