@@ -44,7 +44,10 @@ def data_sources(stage: Stage, kind: Kind, split: Split) -> list[DataSource]:
             raise UserError(f"stage {stage.name}: data names neither a task of the starter, nor a path, nor a hub set")
         given = [key for key in READING if getattr(data, key) != type(data).model_fields[key].default]
         if given:
-            raise UserError(f"stage {stage.name}: data.{given[0]} is for data of path or hub; the starter's need none")
+            raise UserError(
+                f"stage {stage.name}: data.{given[0]} is for data of path or hub, and the starter's are read as they "
+                "are; name a path or hub, or drop it"
+            )
         return [_starter_source(stage.name, task, kind, split, data.limit) for task in data.task]
     if len(data.task) > 1:
         raise UserError(

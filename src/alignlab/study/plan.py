@@ -172,7 +172,7 @@ def arm_recipe(study: Study, arm: str, seed: int) -> Recipe:
 def _check_arm(study: Study, arm: str, path: Path) -> None:
     """Every arm starts from the study's policy and uses its reward model, or the comparison is not controlled."""
     recipe = arm_recipe(study, arm, study.seeds[0])
-    check_recipe(recipe)
+    check_recipe(recipe, debug=study.debug)
     if recipe.stages[0].start != study.start:
         raise UserError(f"{path}: arm {arm} starts from {recipe.stages[0].start}, not from the shared {study.start}")
     own = [s.name for s in recipe.stages]
