@@ -152,7 +152,14 @@ BAD_OVERRIDES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     ),
     "reward without what it reads": (
         ("algorithm={name: grpo, prompts_per_phase: 2}", "reward={format: 1}", "evaluation.prompts_per_task=0"),
-        ("no function ('format') judged any", "format needs a column `format` that is reasoning_answer (data.columns"),
+        (
+            "no function ('format') judges any of 19 prompts",
+            "format needs a column `format` that is reasoning_answer (data.columns",
+        ),
+    ),
+    "reward for another task than the rows'": (
+        ("algorithm={name: grpo}", "reward={length: {tasks: code}, exact: {tasks: reasoning}}"),
+        ("no function ('length', 'exact') judges any of 19 prompts; length is for code only", "for reasoning only"),
     ),
     "reward that is a name": (("algorithm={name: grpo}", "reward=length"), ("reward: ", "reward={length: 1}")),
     "reward whose entry is a name": (

@@ -82,8 +82,7 @@ def combine(
         names = ", ".join(repr(reward.name) for reward in rewards) or "none is named"
         raise UserError(
             f"reward: no function ({names}) judged any of {len(prompts)} completions, the first being "
-            f"{_sample(prompts[0], completions[0])} of task {prompts[0].task!r}; "
-            + ("; ".join(_why_silent(reward, prompts) for reward in rewards) or "name one under `reward`")
+            f"{_sample(prompts[0], completions[0])} of task {prompts[0].task!r}; {why_silent(rewards, prompts)}"
         )
     return [
         Judged(total if b else math.nan, b, None if tokens is None else tuple(tokens.tolist()))
@@ -91,12 +90,17 @@ def combine(
     ]
 
 
-def _why_silent(reward: Reward, prompts: Sequence[Prompt]) -> str:
-    if reward.tasks and not any(prompt.task in reward.tasks for prompt in prompts):
-        return f"{reward.name} is for {', '.join(reward.tasks)} only (`tasks`)"
-    if reward.needs:
-        return f"{reward.name} needs {reward.needs} (data.columns maps other names)"
-    return f"{reward.name} gave None for each"
+def why_silent(rewards: Sequence[Reward], prompts: Sequence[Prompt]) -> str:
+    """Why none of the rewards judges any of the prompts, as far as that can be told."""
+    why = []
+    for reward in rewards:
+        if reward.tasks and not any(prompt.task in reward.tasks for prompt in prompts):
+            why.append(f"{reward.name} is for {', '.join(reward.tasks)} only (`tasks`)")
+        elif reward.needs:
+            why.append(f"{reward.name} needs {reward.needs} (data.columns maps other names)")
+        else:
+            why.append(f"{reward.name} gave None for each")
+    return "; ".join(why) or "name one under `reward`"
 
 
 def _values(

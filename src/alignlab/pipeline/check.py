@@ -16,7 +16,7 @@ from alignlab.errors import UserError
 from alignlab.models import check_choice, location, require_same_adapter
 from alignlab.pipeline.identity import DONE, finished_folder, makes, read_record, require_kind
 from alignlab.pipeline.items import check_items
-from alignlab.pipeline.rewards import check_rewards, require_fit, uses_rewards
+from alignlab.pipeline.rewards import check_judged, check_rewards, require_fit, uses_rewards
 from alignlab.pipeline.stage import items_per_phase, model_choice, require_context, stage_choice
 from alignlab.recipe import ModelSection, Recipe, Stage, load_recipe
 from alignlab.tracking import check_mirrors
@@ -98,7 +98,9 @@ class _Checked:
         if stage.train.epochs is not None:
             items_per_phase(stage)
         _check_model(stage, start)
-        check_items(stage)
+        items = check_items(stage)
+        if items and stage.method.data_kind == "prompts" and stage.algorithm.needs_reward:
+            check_judged(stage, items)
 
     # ---- what it needs -----------------------------------------------------------------------------------------------
 

@@ -109,16 +109,18 @@ def of_perplexity() -> Iterator[None]:
         ) from error
 
 
-def check_items(stage: Stage) -> None:
+def check_items(stage: Stage) -> list[Any]:
     """Says what is wrong with a stage's data. Files that lie here are read, unless that takes more than a moment; the
     starter's are known to be good, and what lies elsewhere is not fetched.
+
+    Returns:
+        The items it is trained on, where they were read.
 
     Raises:
         UserError: data that are not here, unusable, or more than one task to a file.
     """
     kind, evaluation = cast(Kind, stage.method.data_kind), stage.evaluation
-    if _is_read(stage, kind, "train"):
-        load_items(stage, kind, "train")
+    items = load_items(stage, kind, "train") if _is_read(stage, kind, "train") else []
     with of_evaluation():
         held_out: Kind = "pairs" if makes(stage) == "reward_model" else "prompts"
         read = evaluation.prompts_per_task > 0 and _is_read(stage, held_out, "validation")
@@ -127,6 +129,7 @@ def check_items(stage: Stage) -> None:
     with of_perplexity():
         if evaluation.measures_perplexity and _is_read(stage, "examples", "validation"):
             load_items(stage, "examples", "validation")
+    return items
 
 
 def _is_read(stage: Stage, kind: Kind, split: Split) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from types import ModuleType, NoneType, UnionType
@@ -13,8 +13,9 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 from alignlab import registry
 from alignlab.errors import UserError
 from alignlab.recipe import RewardEntry, Stage
-from alignlab.rollout import Reward
+from alignlab.rollout import Reward, why_silent
 from alignlab.tasks import get_task
+from alignlab.types import Completion, Prompt
 
 DOCTOR_FILE = "doctor.json"
 """What `alignlab doctor reward` leaves beside a reward model it examined."""
@@ -60,13 +61,11 @@ def check_rewards(stage: Stage) -> None:
         return
     for name, entry in reward_entries(stage):
         _check_tasks(stage, name, entry)
-        given: dict[str, Any] = {}
         if name == "learned":
             if stage.reward_model is None:
                 raise UserError(f"stage {stage.name}: reward `learned` needs `reward_model: RECIPE or RUN`")
-            given = {"reward_model": None, "template": None, "same_ids": False}
             _force(entry)
-        _bind(name, {**_options(name, entry), **given})
+        _without_model(name, entry)
 
 
 def build_rewards(stage: Stage, learned: Callable[[], Mapping[str, Any]]) -> list[Reward]:
@@ -80,9 +79,33 @@ def build_rewards(stage: Stage, learned: Callable[[], Mapping[str, Any]]) -> lis
         return rewards
     for name, entry in reward_entries(stage):
         function = _bind(name, {**_options(name, entry), **(learned() if name == "learned" else {})})
-        needs = str(getattr(registry.resolve("rewards", name), "NEEDS", ""))
-        rewards.append(Reward(name=name, function=function, weight=entry.weight, tasks=entry.tasks, needs=needs))
+        rewards.append(_reward(name, entry, function))
     return rewards
+
+
+def _reward(name: str, entry: RewardEntry, function: Callable[..., Any]) -> Reward:
+    needs = str(getattr(registry.resolve("rewards", name), "NEEDS", ""))
+    return Reward(name=name, function=function, weight=entry.weight, tasks=entry.tasks, needs=needs)
+
+
+def check_judged(stage: Stage, prompts: Sequence[Prompt]) -> None:
+    """Says that nothing will be judged before anything is sampled: rules of alignlab's own see that in a prompt alone.
+
+    Raises:
+        UserError: no component judges any of the prompts.
+    """
+    nothing = Completion(token_ids=(), logprobs=(), finish_reason="length", text="")
+    rewards = []
+    for name, entry in reward_entries(stage):
+        here = [prompt for prompt in prompts if not entry.tasks or prompt.task in entry.tasks]
+        is_rule, function = name in registry.names("rewards") and name != "learned", _without_model(name, entry)
+        if here and (not is_rule or any(value is not None for value in function(here, [nothing] * len(here)))):
+            return
+        rewards.append(_reward(name, entry, function))
+    names = ", ".join(repr(reward.name) for reward in rewards)
+    raise UserError(
+        f"reward: no function ({names}) judges any of {len(prompts)} prompts; {why_silent(rewards, prompts)}"
+    )
 
 
 def require_fit(stage: Stage, folder: Path, key: str) -> str:
@@ -115,6 +138,12 @@ def require_fit(stage: Stage, folder: Path, key: str) -> str:
         f"stage {stage.name}: reward model {folder} is {UNFIT} ({reasons}; see {path}): train a better one, "
         "or write `force: true` beside the weight of reward.learned"
     )
+
+
+def _without_model(name: str, entry: RewardEntry) -> Callable[..., Any]:
+    """The function with its options bound; `learned` cannot be called yet."""
+    loaded_later = {"reward_model": None, "template": None, "same_ids": False} if name == "learned" else {}
+    return _bind(name, {**_options(name, entry), **loaded_later})
 
 
 def _options(name: str, entry: RewardEntry) -> dict[str, Any]:
