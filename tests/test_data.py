@@ -947,3 +947,12 @@ def test_the_test_set_shows_no_train_prompt(shared_data: Path) -> None:
     source = DataSource(path=str(gsm8k / "train_2000.jsonl"), validation_path=str(gsm8k / "test.jsonl"))
     assert load_examples(source, "prompts", "train").report.num_items == 2000
     assert load_examples(source, "prompts", "validation").report.num_items == 1319
+
+
+@pytest.mark.parametrize("max_tokens", [None, 20])
+def test_siblings_stay_side_by_side(max_tokens: int | None) -> None:
+    """The group of the longest row first; within it the longest first; a budget counts padded tokens."""
+    lengths, prompts = [3, 9, 4, 8, 3, 5], [0, 1, 2, 0, 1, 2]
+    plan = plan_microbatches(lengths, 4, max_tokens, prompts)
+    assert plan == ([[1, 4, 3, 0], [5, 2]] if max_tokens is None else [[1, 4], [3, 0], [5, 2]])
+    assert all(max_tokens is None or max(lengths[i] for i in group) * len(group) <= max_tokens for group in plan)

@@ -32,7 +32,7 @@ from transformers import (
 
 from alignlab import starter
 from alignlab.errors import UserError
-from alignlab.forward import rewards, score, trunk_states
+from alignlab.forward import padded_states, rewards, score
 from alignlab.models import (
     ADAPTER_FILE,
     BASE_FILE,
@@ -1069,9 +1069,9 @@ def test_a_critic_on_a_full_reward_model(lora_policy: bool) -> None:
 def test_a_critic_on_an_adapted_reward_model() -> None:
     """Its adapter is merged into copies of the weights under it; embeddings and norms are shared, and it stays."""
     reward_model = make_reward_model(adapted(tiny(seed=3)), seed=0).requires_grad_(False)
-    scores, states = rewards(reward_model, BATCH), trunk_states(reward_model, BATCH)
+    scores, states = rewards(reward_model, BATCH), padded_states(reward_model, BATCH)
     critic = make_value_model(tiny(), "reward_model", reward_model)
-    assert_close(trunk_states(critic, BATCH), states, **MERGED32)  # the same trunk, whose fresh adapter does nothing
+    assert_close(padded_states(critic, BATCH), states, **MERGED32)  # the same trunk, whose fresh adapter does nothing
     assert_close(rewards(reward_model, BATCH), scores, **EXACT)
     theirs = set(reward_model.backbone.parameters())
     shared = {n.rsplit(".", 2)[-2] for n, p in critic.backbone.named_parameters() if p in theirs}
@@ -1089,16 +1089,16 @@ def test_a_critic_on_a_quantised_reward_model(base: Path, kind: str, adapter: Lo
     if adapter:
         nudge(backbone)
     reward_model = make_reward_model(backbone, seed=0).requires_grad_(False)
-    scores, states = rewards(reward_model, BATCH), trunk_states(reward_model, BATCH)
+    scores, states = rewards(reward_model, BATCH), padded_states(reward_model, BATCH)
     critic = make_value_model(tiny(), "reward_model", reward_model)
-    assert_close(trunk_states(critic, BATCH), states, **EXACT)
+    assert_close(padded_states(critic, BATCH), states, **EXACT)
     theirs = set(reward_model.parameters())
     trained = {n for n, p in critic.named_parameters() if p.requires_grad}
     assert len([n for n in trained if ".lora_" in n]) == 28 and {"head.weight", "head.bias"} < trained
     assert all((p in theirs) == (n not in trained) for n, p in critic.named_parameters())
     nudge(critic)
     assert_close(rewards(reward_model, BATCH), scores, **EXACT)
-    assert (trunk_states(critic, BATCH) - states).abs().max() > 0.01
+    assert (padded_states(critic, BATCH) - states).abs().max() > 0.01
 
 
 def test_a_stored_critic_on_a_reward_model(tmp_path: Path) -> None:

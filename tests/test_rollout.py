@@ -303,18 +303,36 @@ def test_batch_holds_rows_in_group_order_with_the_sampled_logprobs() -> None:
     assert source().batch(groups).old_logprobs.dtype == torch.float32  # type: ignore[union-attr]
 
 
-def test_microbatches_are_the_rows_sorted_by_length() -> None:
+def test_microbatches_keep_siblings_together_the_longest_group_first() -> None:
     run = source(microbatch_rows=3)
     batch = run.batch(run.rollouts(policy(), 4, 2, STATE))
     pieces = run.numbered_microbatches(batch)
     lengths = batch.attention_mask.sum(-1)
     assert sorted(i for rows, _ in pieces for i in rows.tolist()) == list(range(8))
     assert [len(p) for _, p in pieces] == [3, 3, 2]
-    order = [int(lengths[i]) for rows, _ in pieces for i in rows.tolist()]
-    assert order == sorted(order, reverse=True)
+    order = [i for rows, _ in pieces for i in rows.tolist()]
+    assert [i // 2 for i in order[::2]] == [i // 2 for i in order[1::2]]
+    longest = [int(max(lengths[i], lengths[j])) for i, j in zip(order[::2], order[1::2], strict=True)]
+    assert longest == sorted(longest, reverse=True)
     for rows, piece in pieces:
         assert piece.input_ids.shape[1] == int(lengths[rows].max())
         assert torch.equal(piece.input_ids, batch.input_ids[rows][:, : piece.input_ids.shape[1]])
+
+
+def test_a_token_budget_holds_for_everything_that_is_trained_on() -> None:
+    """Rows, labelled rows, pairs (both rows together) and samples, counted padded; nothing is lost."""
+    plain = source(microbatch_rows=64)
+    run = replace(plain, limits=replace(plain.limits, microbatch_tokens=90))
+    batch = run.batch(run.rollouts(policy(), 4, 2, STATE))
+    for pieces, rows in (
+        (run.example_batches(6, STATE), 6),
+        (run.labelled_batches(6, STATE), 6),
+        (run.pair_batches(4, STATE), 8),
+        (run.microbatches(batch), 8),
+        (run.pair_pieces(batch, torch.arange(4), torch.arange(4, 8)), 8),
+    ):
+        assert len(pieces) > 1 and sum(map(len, pieces)) == rows
+        assert all(piece.input_ids.numel() <= 90 for piece in pieces)
 
 
 def test_pairs_stay_together() -> None:

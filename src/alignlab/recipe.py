@@ -192,6 +192,8 @@ class TrainSection(Section):
     adamw: AdamWSection = AdamWSection()
     microbatch_rows: int = Field(64, ge=2)
     """Rows in one forward and backward pass; changes memory and speed, never the gradient."""
+    max_tokens_per_microbatch: int | None = Field(None, ge=1)
+    """Tokens in one pass as well, counted as if rows were padded to the longest; a longer row goes alone."""
     sampling_rows: int = Field(512, ge=1)
     """Rows sampled at once."""
     gradient_checkpointing: bool = False

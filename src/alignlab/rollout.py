@@ -168,6 +168,8 @@ class Limits:
     max_prompt_tokens: int = 512
     max_completion_tokens: int = 256
     microbatch_rows: int = 64
+    microbatch_tokens: int | None = None
+    """Padded; None = any number."""
     sampling_rows: int = 512
 
 
@@ -218,8 +220,17 @@ class Source:
 
     def plan_rows(self, rows: Sequence[Row]) -> tuple[Batch, ...]:
         """Rows -> right-padded microbatches of at most `microbatch_rows`, sorted by length."""
-        plan = plan_microbatches([len(row) for row in rows], self.limits.microbatch_rows)
+        plan = self._plan([len(row) for row in rows])
         return tuple(self._collate([rows[i] for i in index]) for index in plan)
+
+    def _plan(
+        self, lengths: Sequence[int], *, rows_each: int = 1, prompts: Sequence[int] | None = None
+    ) -> list[list[int]]:
+        """Items of `rows_each` rows (2: pairs) as microbatches within the limits."""
+        rows, tokens = self.limits.microbatch_rows, self.limits.microbatch_tokens
+        return plan_microbatches(
+            lengths, max(1, rows // rows_each), None if tokens is None else tokens // rows_each, prompts
+        )
 
     def phase_pairs(self, count: int, state: LoopState) -> list[PairRows]:
         """The phase's `count` pairs."""
@@ -233,7 +244,7 @@ class Source:
         """Pairs -> microbatches of at most `microbatch_rows` rows, both rows of a pair in the same one."""
         lengths = [max(len(pair.chosen), len(pair.rejected)) for pair in pairs]
         batches = []
-        for index in plan_microbatches(lengths, max(1, self.limits.microbatch_rows // 2)):
+        for index in self._plan(lengths, rows_each=2):
             here = [pairs[i] for i in index]
             batch = self._collate([pair.chosen for pair in here] + [pair.rejected for pair in here])
             margin = torch.tensor([pair.margin for pair in here] * 2, device=self.device)
@@ -248,7 +259,7 @@ class Source:
         """The same as right-padded microbatches, sorted by length, with `labels`."""
         items = self.phase_labelled(count, state)
         batches = []
-        for index in plan_microbatches([len(item.row) for item in items], self.limits.microbatch_rows):
+        for index in self._plan([len(item.row) for item in items]):
             batch = self._collate([items[i].row for i in index])
             batches.append(replace(batch, labels=torch.tensor([items[i].label for i in index], device=self.device)))
         return tuple(batches)
@@ -312,13 +323,14 @@ class Source:
         return replace(batch, old_logprobs=zeros.masked_scatter(batch.completion_mask, recorded))
 
     def microbatches(self, batch: Batch) -> tuple[Batch, ...]:
-        """The batch in pieces of at most `microbatch_rows` rows, sorted by length so that little is padding."""
+        """The batch in pieces within the limits, sorted by length so that little is padding, siblings together."""
         return tuple(piece for _, piece in self.numbered_microbatches(batch))
 
     def numbered_microbatches(self, batch: Batch) -> list[tuple[Tensor, Batch]]:
         """The same, each with the row numbers (M,) it was made of."""
-        lengths = batch.attention_mask.sum(-1).tolist()
-        plan = plan_microbatches(lengths, self.limits.microbatch_rows)
+        shapes = batch.shapes
+        lengths = batch.attention_mask.sum(-1).tolist() if shapes is None else shapes.lengths
+        plan = self._plan(lengths, prompts=None if shapes is None else shapes.prompts)
         rows = [torch.tensor(index, device=batch.input_ids.device) for index in plan]
         return [(index, batch.select(index)) for index in rows]
 
@@ -326,7 +338,7 @@ class Source:
         """Rows ((P,) int64 each) of the batch as pair microbatches, both rows of a pair in the same one."""
         lengths = batch.attention_mask.sum(-1)
         longest = torch.maximum(lengths[chosen], lengths[rejected]).tolist()
-        plan = plan_microbatches(longest, max(1, self.limits.microbatch_rows // 2))
+        plan = self._plan(longest, rows_each=2)
         return tuple(batch.select(torch.cat([chosen[index], rejected[index]])) for index in plan)
 
 

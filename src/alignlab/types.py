@@ -6,7 +6,7 @@ All are frozen; each stage returns a new one and nobody writes into somebody els
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal
 
@@ -122,6 +122,21 @@ class Group:
     rollouts: tuple[Rollout, ...]
 
 
+@dataclass(frozen=True, slots=True)
+class RowShapes:
+    """What is known of a batch's rows without looking into its tensors; one entry a row."""
+
+    lengths: tuple[int, ...]
+    """Tokens."""
+    prompt_lengths: tuple[int, ...]
+    prompts: tuple[int, ...]
+    """Which prompt; the same number is the same prompt."""
+
+    def select(self, rows: Sequence[int]) -> RowShapes:
+        columns = (self.lengths, self.prompt_lengths, self.prompts)
+        return RowShapes(*(tuple(column[row] for row in rows) for column in columns))
+
+
 @dataclass(frozen=True, kw_only=True)
 class Batch:
     """Rows of tokens, right-padded.
@@ -142,6 +157,7 @@ class Batch:
     margin: Tensor | None = None  # (B,) preference margin of the row's pair
     labels: Tensor | None = None  # (B,) bool, True = a desirable completion (unpaired feedback)
     reference_point: Tensor | None = None  # (B,) what an unpaired completion's log ratio is compared with (KTO's z0)
+    shapes: RowShapes | None = None  # lets siblings share their prompt's forward pass, and rows go without padding
 
     def __len__(self) -> int:
         return self.input_ids.shape[0]
@@ -152,11 +168,17 @@ class Batch:
 
     def select(self, rows: Tensor) -> Batch:
         """The given rows ((M,) int64), with trailing columns that are padding in all of them cut off."""
-        width = max(1, int(self.attention_mask[rows].any(0).nonzero().max().item()) + 1)
-        return replace(self, **{k: v[rows][:, :width] if v.dim() > 1 else v[rows] for k, v in self.tensors().items()})
+        if self.shapes is None:
+            shapes, width = None, max(1, int(self.attention_mask[rows].any(0).nonzero().max().item()) + 1)
+        else:
+            shapes = self.shapes.select(rows.tolist())
+            width = max(shapes.lengths, default=1)
+        kept: dict[str, Any] = {k: v[rows][:, :width] if v.dim() > 1 else v[rows] for k, v in self.tensors().items()}
+        return replace(self, **kept, shapes=shapes)
 
     def to(self, device: torch.device | str) -> Batch:
-        return replace(self, **{k: v.to(device) for k, v in self.tensors().items()})
+        moved: dict[str, Any] = {k: v.to(device) for k, v in self.tensors().items()}
+        return replace(self, **moved)
 
 
 @dataclass(frozen=True, slots=True)

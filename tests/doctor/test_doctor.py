@@ -217,7 +217,7 @@ def test_readers_of_the_wrong_place_are_found(
             "last id that is no pad": ((batch.input_ids != template.pad_id) * columns).argmax(-1),
             "number of attended tokens": batch.attention_mask.sum(-1) - 1,
         }[wrong]
-        states = forward.trunk_states(reward_model, batch)
+        states = forward.padded_states(reward_model, batch)
         return cast(torch.Tensor, reward_model(states[torch.arange(len(batch)), last]))
 
     found = examine(Judge(score=score, template=template, limits=LIMITS), LENGTHS)

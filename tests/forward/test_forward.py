@@ -174,7 +174,7 @@ def test_no_state_is_nan_where_all_is_padding(architecture: str) -> None:
     """Left padding longer than the window: its positions attend to nothing, and stay finite all the same."""
     batch = batch_of(PROMPTS, COMPLETIONS, left=True, extra=3 * WINDOW)
     for dtype in (torch.float32, torch.bfloat16):
-        assert module.trunk_states(policy_of(architecture, False, dtype), batch).isfinite().all()
+        assert module.padded_states(policy_of(architecture, False, dtype), batch).isfinite().all()
 
 
 def test_nan_in_unscored_states_reaches_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -190,9 +190,9 @@ def test_nan_in_unscored_states_reaches_nothing(monkeypatch: pytest.MonkeyPatch)
 
     parameters = [p for p in values.parameters() if p.requires_grad]
     expected = torch.autograd.grad(loss(), parameters)
-    clean = module.trunk_states
+    clean = module.padded_states
     needed = batch.completion_mask.roll(-1, 1)
-    monkeypatch.setattr(module, "trunk_states", lambda *args: torch.where(needed[..., None], clean(*args), torch.nan))
+    monkeypatch.setattr(module, "padded_states", lambda *args: torch.where(needed[..., None], clean(*args), torch.nan))
     poisoned = loss()
     assert poisoned.isfinite()
     for own, plain in zip(torch.autograd.grad(poisoned, parameters), expected, strict=True):
@@ -254,7 +254,7 @@ def test_scalar_heads_stay_in_single_precision() -> None:
     """A bfloat16 trunk: the head's product and the score are float32."""
     policy = tiny(dtype=torch.bfloat16)
     model, batch = scalar_model(policy), batch_of(PROMPTS, COMPLETIONS)
-    states = module.trunk_states(model, batch)
+    states = module.padded_states(model, batch)
     assert states.dtype == torch.bfloat16
     assert module.rewards(model, batch).dtype == module.values(model, batch).dtype == torch.float32
     assert_close(model(states), states.float() @ model.head.weight[0] + 0.5, **FLOAT32)
@@ -336,14 +336,15 @@ def test_adapter_is_on_again_after_an_error() -> None:
 @pytest.mark.parametrize(
     "text, replacement, test",
     [
-        ("hidden, token_ids, top = states[rows, columns - 1]", "hidden, token_ids, top = states[rows, columns]",
+        ("hidden, token_ids, top = states.at(rows, columns - 1)", "hidden, token_ids, top = states.at(rows, columns)",
          test_index_t_belongs_to_token_t),
         ("batch.input_ids[rows, columns], head", "batch.input_ids[rows, columns - 1], head",
          test_index_t_belongs_to_token_t),
         ("keep = columns > 0", "keep = columns >= 0", test_index_t_belongs_to_token_t),
         ("rows, columns = batch.completion_mask", "rows, columns = batch.attention_mask",
          test_index_t_belongs_to_token_t),
-        ("model(states[rows, columns - 1])", "model(states[rows, columns])", test_values_are_read_before_the_action),
+        ("model(states.at(rows, columns - 1))", "model(states.at(rows, columns))",
+         test_values_are_read_before_the_action),
         ("(batch.attention_mask * columns)", "((batch.input_ids != 0) * columns)",
          test_rewards_are_read_at_the_last_attended_token),
         ("(batch.attention_mask * columns).argmax(-1)", "batch.attention_mask.sum(-1) - 1",

@@ -241,12 +241,12 @@ PINNED = [0.9373094421941326, 0.46287586409958525]
 
 
 def test_the_cache_is_used() -> None:
-    """A prefill of every prompt once, whatever the group, then one token a row and step; finished rows are dropped."""
+    """A prefill of every prompt once, whatever the group and without padding, then one token a row and step; finished
+    rows are dropped."""
     policy = tiny(dtype=torch.float64)
-    longest = max(map(len, PROMPTS))
     with widths(policy) as seen:
         sample(policy, num_samples=4, max_completion_tokens=9)
-    assert seen == [(3, longest), *[(12, 1)] * 8]
+    assert seen == [(1, sum(map(len, PROMPTS))), *[(12, 1)] * 8]
     with widths(policy) as seen:
         groups = sample(policy, num_samples=8, max_completion_tokens=40, stop_ids=frozenset(range(5, 15)))
     rows = [shape[0] for shape in seen[1:]]
@@ -263,7 +263,8 @@ def test_waves_hold_at_most_max_rows() -> None:
     policy = tiny()
     with widths(policy) as seen:
         sample(policy, num_samples=5, max_rows=4, max_completion_tokens=2)
-    assert [shape[0] for shape in seen] == [1, 4, 2, 4, 2, 4, 1, 3]  # rows 0-3, 4-7, 8-11, 12-14 of 3 x 5
+    a, b, c = map(len, PROMPTS)  # rows 0-3, 4-7, 8-11, 12-14 of 3 x 5
+    assert seen == [(1, a), (4, 1), (1, a + b), (4, 1), (1, b + c), (4, 1), (1, c), (3, 1)]
 
 
 @pytest.mark.filterwarnings("ignore:.*gradient_checkpointing_enable:FutureWarning")
@@ -277,7 +278,7 @@ def test_training_mode_is_left_as_it_was() -> None:
     modes = {name: m.training for name, m in policy.named_modules()}
     with widths(policy) as seen:
         assert ids(sample(policy)) == expected
-    assert [shape[1] for shape in seen] == [max(map(len, PROMPTS)), *[1] * 11]
+    assert [shape[1] for shape in seen] == [sum(map(len, PROMPTS)), *[1] * 11]
     assert {name: m.training for name, m in policy.named_modules()} == modes
     with pytest.raises(ValueError, match="empty"):
         sample(policy, [(2, 3), (), (2,)])
@@ -347,16 +348,12 @@ def stopping(generate: ModuleType) -> None:
 @pytest.mark.parametrize(
     "text, replacement, test",
     [
-        ("(live.length + step)[:, None]", "(live.length + step + 1)[:, None]", neighbours),
-        ("(live.length + step)[:, None]", "(live.length * 0 + width + step)[:, None]", neighbours),
-        ("live.mask[:, : width + step + 1]", "torch.ones_like(live.mask)[:, : width + step + 1]", neighbours),
         ("prompt - first for prompt, _ in rows", "0 for prompt, _ in rows", neighbours),
         ("uniforms(sample, limit) for", "uniforms(0, limit) for", neighbours),
-        ("uniforms[live.row, step], sampling", "uniforms[: len(live.row), step], sampling", stopping),
-        ("tokens[live.row, step], logprobs", "tokens[: len(live.row), step], logprobs", stopping),
-        ("live, token = live.select(index), token[index]", "live = live.select(index); token = token[: len(index)]",
-         stopping),
-        ("cache.batch_select_indices(index)", "cache.batch_select_indices(index * 0)", stopping),
+        ("uniforms[live, step], sampling", "uniforms[: len(live), step], sampling", stopping),
+        ("tokens[live, step], logprobs", "tokens[: len(live), step], logprobs", stopping),
+        ("token, finished = live[index], token[index]", "token, finished = live[index], token[: len(index)]", stopping),
+        ("decoder.keep(index)", "decoder.keep(index * 0)", stopping),
         ("len(token_ids) if end is None else end + 1", "len(token_ids) if end is None else end", stopping),
     ],
 )  # fmt: skip

@@ -13,7 +13,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from alignlab.types import Batch, Row
+from alignlab.types import Batch, Row, RowShapes
 
 PER_TOKEN = ("old_logprobs", "reference_logprobs", "advantages", "returns", "old_values")
 """Fields of a Batch that hold one number a completion token."""
@@ -50,22 +50,32 @@ def fit(row: Row, max_prompt_tokens: int, max_completion_tokens: int) -> Row | N
     return replace(row, completion_ids=row.completion_ids[: max_completion_tokens - 1] + row.completion_ids[-1:])
 
 
-def plan_microbatches(lengths: Sequence[int], max_rows: int, max_tokens: int | None = None) -> list[list[int]]:
+def plan_microbatches(
+    lengths: Sequence[int], max_rows: int, max_tokens: int | None = None, prompts: Sequence[int] | None = None
+) -> list[list[int]]:
     """Indices of rows grouped by length, the longest first, so that little is padding.
 
     Each group has at most `max_rows` rows and, padded, at most `max_tokens` tokens; a longer row is a group of its own.
+    Rows of one prompt (equal numbers in `prompts`) stay side by side, so that they can share its forward pass.
 
     Raises:
         ValueError: max_rows < 1.
     """
     if max_rows < 1:
         raise ValueError(f"max_rows is {max_rows}; a microbatch has at least 1 row")
+    families = range(len(lengths)) if prompts is None else prompts
+    longest: dict[int, int] = {}
+    for family, length in zip(families, lengths, strict=True):
+        longest[family] = max(length, longest.get(family, 0))
     groups: list[list[int]] = []
-    for i in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
+    width = 0
+    for i in sorted(range(len(lengths)), key=lambda i: (-longest[families[i]], families[i], -lengths[i], i)):
         full = not groups or len(groups[-1]) == max_rows
-        if full or (max_tokens is not None and lengths[groups[-1][0]] * (len(groups[-1]) + 1) > max_tokens):
+        if full or (max_tokens is not None and max(width, lengths[i]) * (len(groups[-1]) + 1) > max_tokens):
             groups.append([])
+            width = 0
         groups[-1].append(i)
+        width = max(width, lengths[i])
     return groups
 
 
@@ -96,7 +106,15 @@ def collate(
             raise ValueError(f"{name} needs one number for each completion token of each row")
         flat = [number for numbers in values for number in numbers]
         tensors[name] = torch.zeros(shape).masked_scatter(completion_mask, torch.tensor(flat, dtype=torch.float32))
-    return Batch(input_ids=input_ids, attention_mask=attention_mask, completion_mask=completion_mask, **tensors)
+    numbers: dict[tuple[int, ...], int] = {}
+    shapes = RowShapes(
+        lengths=tuple(map(len, rows)),
+        prompt_lengths=tuple(len(row.prompt_ids) for row in rows),
+        prompts=tuple(numbers.setdefault(row.prompt_ids, len(numbers)) for row in rows),
+    )
+    return Batch(
+        input_ids=input_ids, attention_mask=attention_mask, completion_mask=completion_mask, shapes=shapes, **tensors
+    )
 
 
 def left_pad(prompts: Sequence[Sequence[int]], pad_id: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -89,6 +89,7 @@ def examine_run(
         max_prompt_tokens=stage.data.max_prompt_tokens,
         max_completion_tokens=stage.data.max_completion_tokens,
         microbatch_rows=stage.train.microbatch_rows,
+        microbatch_tokens=stage.train.max_tokens_per_microbatch,
         sampling_rows=stage.train.sampling_rows,
     )
     judge = Judge(

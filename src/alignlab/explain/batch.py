@@ -124,6 +124,9 @@ def _phase_lines(facts: Facts, batch: Batch) -> tuple[Line, ...]:
     rows, microbatches = batch.rows, batch.microbatches
     each = number(batch.steps[0]) if len(set(batch.steps)) == 1 else f"{min(batch.steps):,} to {max(batch.steps):,}"
     cut = f"{number(batch.steps[0])} {batch.unit} / {number(batch.units_per_microbatch)} a microbatch"
+    parts = number(microbatches[0])
+    if (budget := facts.stage.train.max_tokens_per_microbatch) is not None:
+        parts = f"at least {parts}, more where {budget:,} tokens are too few"
     if batch.unit == "pairs":
         cut += f" (2 rows each, {facts.stage.train.microbatch_rows} rows)"
     steps = f"{count(batch.steps_per_phase, 'optimiser step')} a phase"
@@ -139,7 +142,7 @@ def _phase_lines(facts: Facts, batch: Batch) -> tuple[Line, ...]:
         ("steps", f"{most}{steps}"),
         ("a step", f"{most}{each} {batch.unit}"
                    + (f" = {number(rows[0])} rows" if batch.unit == "pairs" else "")),
-        ("microbatches", f"{most}{cut} = {number(microbatches[0])}; their gradients add up to the step's, exactly"),
+        ("microbatches", f"{most}{cut} = {parts}; their gradients add up to the step's, exactly"),
     )  # fmt: skip
 
 

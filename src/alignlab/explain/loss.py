@@ -101,8 +101,10 @@ def loss_section(facts: Facts, batch: Batch | None) -> Section:
         return Section(title=title, lines=lines(("formula", "this method does not say: it has no formula()")))
     names = _denominator(formula[-1])
     per_row = any("row_mean" in line for line in formula)
+    tokens = facts.stage.train.max_tokens_per_microbatch
+    budget = f" and B x T <= {tokens:,}" if tokens else ""
     shape = (
-        f"B <= {facts.stage.train.microbatch_rows} rows a microbatch, T <= "
+        f"B <= {facts.stage.train.microbatch_rows} rows a microbatch{budget}, T <= "
         f"{facts.stage.data.max_prompt_tokens} prompt + {limit} completion tokens"
     )
     return Section(

@@ -12,10 +12,26 @@ from typing import cast
 import torch
 from torch import Tensor
 
+from alignlab.forward.packed import make_layout, packed_states, takes_layout
 from alignlab.functional.divergence import reverse_kl
 from alignlab.functional.logprobs import token_logprobs, token_logprobs_and_entropy
-from alignlab.models import Model, ScalarModel, active, head, trunk
+from alignlab.models import Model, ScalarModel, active, head, trunk, unwrap
 from alignlab.types import Batch
+
+PACK = True
+"""Whether models that can are run on packed rows. The plain way is the reference that tests compare with."""
+
+
+@dataclass(frozen=True, slots=True)
+class States:
+    """The trunk's last hidden states of a batch, after its final norm, wherever they were computed."""
+
+    flat: Tensor  # (N, H)
+    place: Tensor  # (B, T) index into them; what padding points to means nothing
+
+    def at(self, rows: Tensor, columns: Tensor) -> Tensor:
+        """(M, H)"""
+        return self.flat[self.place[rows, columns]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,8 +42,21 @@ class Scores:
     entropy: Tensor | None = None  # (B, T) nats
 
 
-def trunk_states(model: Model, batch: Batch) -> Tensor:
-    """The trunk's last hidden states, (B, T, H), after its final norm; what padding holds means nothing."""
+def trunk_states(model: Model, batch: Batch) -> States:
+    """The trunk's states of a batch: packed into one row where the model can, else padded; see `packed`."""
+    inner = unwrap(model)
+    if PACK and batch.shapes is not None and takes_layout(inner):
+        layout = make_layout(batch.shapes, batch.input_ids.shape[1], batch.input_ids.device)
+        with active(model):
+            ids = batch.input_ids.flatten()[layout.tokens]
+            return States(packed_states(trunk(model), inner, ids, layout, use_cache=False), layout.place)
+    states = padded_states(model, batch)
+    place = torch.arange(states.shape[0] * states.shape[1], device=states.device).view(states.shape[:2])
+    return States(states.flatten(0, 1), place)
+
+
+def padded_states(model: Model, batch: Batch) -> Tensor:
+    """The plain way: rows as they are, padding and all. (B, T, H); what padding holds means nothing."""
     mask = batch.attention_mask
     # Causal attention keeps what is padded on the right from being seen, so it needs no mask, which saves time, and no
     # position that attends to nothing, which some kernels answer with NaN.
@@ -77,9 +106,9 @@ def score_and_divergence(
     rows, columns = _scored(batch)
     top, teacher_top = head(policy), head(teacher)
     flat = reverse_kl(
-        states[rows, columns - 1],
+        states.at(rows, columns - 1),
         top.weight,
-        teacher_states[rows, columns - 1],
+        teacher_states.at(rows, columns - 1),
         teacher_top.weight,
         temperature=temperature,
         logit_softcap=top.softcap,
@@ -109,7 +138,7 @@ def _at_last(model: ScalarModel, batch: Batch) -> Tensor:
     columns = torch.arange(batch.attention_mask.shape[1], device=batch.attention_mask.device)
     last = (batch.attention_mask * columns).argmax(-1)
     states = trunk_states(model, batch)
-    return cast(Tensor, model(states[torch.arange(len(batch), device=states.device), last]))
+    return cast(Tensor, model(states.at(torch.arange(len(batch), device=last.device), last)))
 
 
 def _scored(batch: Batch) -> tuple[Tensor, Tensor]:
@@ -119,9 +148,9 @@ def _scored(batch: Batch) -> tuple[Tensor, Tensor]:
     return rows[keep], columns[keep]
 
 
-def _score(model: Model, states: Tensor, batch: Batch, temperature: float, entropy: bool) -> Scores:
+def _score(model: Model, states: States, batch: Batch, temperature: float, entropy: bool) -> Scores:
     rows, columns = _scored(batch)
-    hidden, token_ids, top = states[rows, columns - 1], batch.input_ids[rows, columns], head(model)
+    hidden, token_ids, top = states.at(rows, columns - 1), batch.input_ids[rows, columns], head(model)
     if not entropy:
         flat = token_logprobs(hidden, top.weight, token_ids, temperature=temperature, logit_softcap=top.softcap)
         return Scores(_scatter(flat, rows, columns, batch))
@@ -131,9 +160,9 @@ def _score(model: Model, states: Tensor, batch: Batch, temperature: float, entro
     return Scores(_scatter(flat, rows, columns, batch), _scatter(flat_entropy, rows, columns, batch))
 
 
-def _values(model: ScalarModel, states: Tensor, batch: Batch) -> Tensor:
+def _values(model: ScalarModel, states: States, batch: Batch) -> Tensor:
     rows, columns = _scored(batch)
-    return _scatter(model(states[rows, columns - 1]), rows, columns, batch)
+    return _scatter(model(states.at(rows, columns - 1)), rows, columns, batch)
 
 
 def _scatter(flat: Tensor, rows: Tensor, columns: Tensor, batch: Batch) -> Tensor:

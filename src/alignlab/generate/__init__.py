@@ -13,12 +13,10 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from torch import Tensor
-from transformers import DynamicCache
 
-from alignlab.data import left_pad
+from alignlab.generate.decode import start
 from alignlab.generate.draw import Sampling, draw_tokens, exact
-from alignlab.models import Model, active, head, trunk, unwrap
+from alignlab.models import Model, active, head, unwrap
 from alignlab.types import FinishReason
 
 __all__ = ["Sampled", "Sampling", "SamplingKey", "generate"]
@@ -95,19 +93,6 @@ def generate(
     return [flat[start : start + num_samples] for start in range(0, len(flat), num_samples)]
 
 
-@dataclass(frozen=True, slots=True)
-class _Live:
-    """The rows still being decoded. R shrinks as rows finish; `row` says which of the wave's rows each one is."""
-
-    row: Tensor  # (R,)
-    mask: Tensor  # (R, prompt width + limit) bool, attended now or later
-    length: Tensor  # (R,) of the prompt
-    finished: Tensor  # (R,) bool
-
-    def select(self, index: Tensor) -> _Live:
-        return _Live(self.row[index], self.mask[index], self.length[index], self.finished[index])
-
-
 def _wave(
     model: Model,
     prompts: Sequence[Sequence[int]],
@@ -118,56 +103,35 @@ def _wave(
     pad_id: int,
 ) -> list[Sampled]:
     """Decodes (prompt, sample) rows side by side, in the order given."""
-    decoder, top, limit = trunk(model), head(model), sampling.max_completion_tokens
+    top, limit = head(model), sampling.max_completion_tokens
     device = top.weight.device
     first, last = rows[0][0], rows[-1][0]
-    input_ids, attention_mask, position_ids = (t.to(device) for t in left_pad(prompts[first : last + 1], pad_id))
-    width = input_ids.shape[1]
-    cache = DynamicCache(config=unwrap(model).config)
-    states = decoder(
-        input_ids=input_ids,
-        attention_mask=attention_mask,
-        position_ids=position_ids,
-        past_key_values=cache,
-        use_cache=True,
-    ).last_hidden_state[:, -1]
     prompt_of_row = torch.tensor([prompt - first for prompt, _ in rows], device=device)
-    cache.batch_select_indices(prompt_of_row)
-    states, mask = states[prompt_of_row], attention_mask[prompt_of_row]
-
-    live = _Live(
-        row=torch.arange(len(rows), device=device),
-        mask=torch.cat([mask, mask.new_ones(len(rows), limit)], 1),
-        length=mask.sum(-1),
-        finished=torch.zeros(len(rows), dtype=torch.bool, device=device),
-    )
+    decoder = start(model, prompts[first : last + 1], prompt_of_row, limit, pad_id)
     drawn = np.stack([keys[prompt].uniforms(sample, limit) for prompt, sample in rows])
-    uniforms = torch.from_numpy(drawn).to(exact(states)).to(device)
+    uniforms = torch.from_numpy(drawn).to(exact(decoder.states)).to(device)
     stops = torch.tensor(sorted(stop_ids), dtype=torch.long, device=device)
     tokens = torch.full((len(rows), limit), pad_id, dtype=torch.long, device=device)
-    logprobs = torch.zeros((len(rows), limit), dtype=torch.promote_types(states.dtype, torch.float32), device=device)
+    dtype = torch.promote_types(decoder.states.dtype, torch.float32)
+    logprobs = torch.zeros((len(rows), limit), dtype=dtype, device=device)
+    live = torch.arange(len(rows), device=device)  # which of the wave's rows are still being decoded
+    finished = torch.zeros(len(rows), dtype=torch.bool, device=device)
     look_every = LOOK_EVERY.get(device.type, 8)
     for step in range(limit):
-        token, logprob = draw_tokens(states, top.weight, uniforms[live.row, step], sampling, top.softcap)
-        tokens[live.row, step], logprobs[live.row, step] = token, logprob  # beyond a stop token: ignored
+        token, logprob = draw_tokens(decoder.states, top.weight, uniforms[live, step], sampling, top.softcap)
+        tokens[live, step], logprobs[live, step] = token, logprob  # beyond a stop token: ignored
         if step + 1 == limit:
             break
-        live.finished.logical_or_(torch.isin(token, stops))
+        finished = finished | torch.isin(token, stops)
         if (step + 1) % look_every == 0:
-            going = int((~live.finished).sum())
+            going = int((~finished).sum())
             if going == 0:
                 break
-            if going < COMPACT_BELOW * len(live.row):
-                index = (~live.finished).nonzero()[:, 0]
-                cache.batch_select_indices(index)
-                live, token = live.select(index), token[index]
-        states = decoder(
-            input_ids=token[:, None],
-            attention_mask=live.mask[:, : width + step + 1],
-            position_ids=(live.length + step)[:, None],
-            past_key_values=cache,
-            use_cache=True,
-        ).last_hidden_state[:, -1]
+            if going < COMPACT_BELOW * len(live):
+                index = (~finished).nonzero()[:, 0]
+                decoder.keep(index)
+                live, token, finished = live[index], token[index], finished[index]
+        decoder.step(token)
     return [_completion(*row, stop_ids) for row in zip(tokens.tolist(), logprobs.tolist(), strict=True)]
 
 

@@ -132,6 +132,7 @@ class StageRun:
             max_prompt_tokens=stage.data.max_prompt_tokens,
             max_completion_tokens=stage.data.max_completion_tokens,
             microbatch_rows=stage.train.microbatch_rows,
+            microbatch_tokens=stage.train.max_tokens_per_microbatch,
             sampling_rows=stage.train.sampling_rows,
         )
         self.num_phases = stage.train.num_phases

@@ -1,0 +1,234 @@
+"""Packed rows say what padded rows say: logprobs, values, gradients; whatever is shared, for every architecture."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.testing import assert_close
+
+from alignlab import forward
+from alignlab.data import collate
+from alignlab.forward import packed as module
+from alignlab.models import AdapterOff, make_reference, make_reward_model, make_value_model
+from alignlab.types import Batch, Row, RowShapes
+from tests.stand_ins import ARCHITECTURES, WINDOW, policy_of, random_ids, tiny
+from tests.statistics.mutants import mutated
+from tests.tolerances import Tolerance
+
+VALUES = Tolerance(rtol=0.0, atol=1e-5)
+GRADIENTS = 1e-4
+"""Of the gradient's norm, in single precision."""
+SHORT, LONG, ONE = (tuple(random_ids(n, seed=n)[0]) for n in (3, 3 * WINDOW, 1))
+MADE: dict[str, list[tuple[tuple[int, ...], int]]] = {
+    "nothing shared, all alike": [(SHORT, 4), (SHORT[::-1], 4)],
+    "nothing shared, ragged": [(SHORT, 2 * WINDOW), (LONG, 1), (ONE, 5)],
+    "one group, all alike": [(LONG, 4)] * 3,
+    "ragged groups and a single row": [
+        (LONG, 2),
+        (SHORT, 2 * WINDOW),
+        (LONG, 7),
+        (SHORT, 1),
+        (ONE, 3),
+        (LONG, 2 * WINDOW),
+    ],
+    "a prompt of one token": [(ONE, 3), (ONE, 6)],
+    "a sibling that says nothing": [(SHORT, 0), (SHORT, 4), (SHORT, 2)],
+    "no prompt": [((), 4), ((), 6)],
+}
+
+
+def batch_of(name: str) -> Batch:
+    """Every completion with other tokens."""
+    rows = [
+        Row(prompt_ids=prompt, completion_ids=tuple(random_ids(length, seed=100 + i)[0]) if length else ())
+        for i, (prompt, length) in enumerate(MADE[name])
+    ]
+    return collate(rows, pad_id=0)
+
+
+@pytest.fixture
+def packed() -> ModuleType:
+    return module
+
+
+class Ways:
+    """The same numbers the packed and the plain way."""
+
+    def __init__(self, packed: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+        for name in ("make_layout", "packed_states", "takes_layout"):
+            monkeypatch.setattr(forward, name, getattr(packed, name))
+
+    def both(self, function: Any, model: nn.Module) -> tuple[list[Tensor], list[Tensor]]:
+        """What the function gives, and the gradients of all that is trained; packed first."""
+        results = []
+        for pack in (True, False):
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(forward, "PACK", pack)
+                model.zero_grad()
+                found = function()
+                total = sum((x * torch.linspace(-1, 1, x.numel(), dtype=x.dtype).view_as(x)).sum() for x in found)
+                total.backward()
+            gradients = [p.grad.flatten() for p in model.parameters() if p.grad is not None]
+            results.append([*(x.detach() for x in found), torch.cat(gradients)])
+        return results[0], results[1]
+
+    def agree(self, function: Any, model: nn.Module) -> None:
+        (*values, gradient), (*plain, expected) = self.both(function, model)
+        for own, other in zip(values, plain, strict=True):
+            assert_close(own, other, **VALUES)
+        assert expected.norm() > 0 and (gradient - expected).norm() <= GRADIENTS * expected.norm()
+
+
+@pytest.fixture
+def ways(packed: ModuleType, monkeypatch: pytest.MonkeyPatch) -> Ways:
+    return Ways(packed, monkeypatch)
+
+
+def scores(policy: Any, batch: Batch) -> list[Tensor]:
+    found = forward.score(policy, batch, temperature=0.7, entropy=True)
+    assert found.entropy is not None
+    return [found.logprobs, found.entropy]
+
+
+@pytest.mark.parametrize("adapter", [False, True], ids=["full", "lora"])
+@pytest.mark.parametrize("made", MADE)
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_packed_is_padded(architecture: str, made: str, adapter: bool, ways: Ways) -> None:
+    policy, batch = policy_of(architecture, adapter), batch_of(made)
+    assert module.takes_layout(forward.unwrap(policy))
+    ways.agree(lambda: scores(policy, batch), policy)
+
+
+@pytest.mark.parametrize("made", ["nothing shared, ragged", "ragged groups and a single row"])
+def test_of_the_starter_s_shape(made: str, ways: Ways) -> None:
+    """Also by name, for mutants of the parts."""
+    policy, batch = policy_of("gemma3", False), batch_of(made)
+    ways.agree(lambda: scores(policy, batch), policy)
+
+
+def test_soft_caps_by_hand(ways: Ways) -> None:
+    policy, batch = policy_of("gemma2", False), batch_of("ragged groups and a single row")
+    ways.agree(lambda: scores(policy, batch), policy)
+
+
+def test_values_and_rewards(ways: Ways) -> None:
+    """Read before each action and at the last token, of groups that share their prompt."""
+    policy, batch = tiny(), batch_of("ragged groups and a single row")
+    model = make_reward_model(policy, seed=3)
+    ways.agree(lambda: [forward.values(model, batch), forward.rewards(model, batch)], model)
+    critic = make_value_model(policy, "shared")
+    nn.init.normal_(critic.head.weight)
+
+    def both() -> list[Tensor]:
+        found, values = forward.score_and_values(policy, critic, batch)
+        return [found.logprobs, values]
+
+    ways.agree(both, policy)
+
+
+def test_the_reference_is_the_adapter_off(ways: Ways) -> None:
+    policy, batch = policy_of("llama", True), batch_of("ragged groups and a single row")
+    reference = make_reference(policy, fresh_adapter=True)
+    assert isinstance(reference, AdapterOff)
+    (off, _), (plain, _) = ways.both(
+        lambda: [forward.score(reference, batch).logprobs + 0 * sum(p.sum() for p in policy.parameters())], policy
+    )
+    assert_close(off, plain, **VALUES)
+    assert (forward.score(policy, batch).logprobs - off).abs().max() > 1e-3
+
+
+@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing_enable:FutureWarning")
+@pytest.mark.parametrize("made", ["nothing shared, ragged", "ragged groups and a single row"])
+def test_recomputed_activations(made: str, ways: Ways) -> None:
+    """The layout goes into the layers, so what is computed again is the same."""
+    policy, batch = tiny(), batch_of(made)
+    ways.agree(lambda: scores(policy, batch), policy)
+    expected = torch.cat([p.grad.flatten() for p in policy.parameters() if p.grad is not None]).clone()
+    policy.gradient_checkpointing_enable({"use_reentrant": False})
+    policy.train()
+    ways.agree(lambda: scores(policy, batch), policy)
+    found = torch.cat([p.grad.flatten() for p in policy.parameters() if p.grad is not None])
+    assert (found - expected).norm() <= GRADIENTS * expected.norm()
+
+
+def test_a_batch_without_shapes_and_an_unknown_architecture_go_the_plain_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*args: Any, **options: Any) -> Any:
+        raise AssertionError("packed")
+
+    monkeypatch.setattr(forward, "packed_states", fail)
+    policy, batch = tiny(), batch_of("nothing shared, ragged")
+    forward.score(policy, replace(batch, shapes=None))
+    with pytest.raises(AssertionError, match="packed"):
+        forward.score(policy, batch)
+    policy.config.model_type = "something_else"
+    forward.score(policy, batch)
+
+
+@torch.no_grad()
+def test_a_model_that_was_packed_is_itself_otherwise() -> None:
+    """Its attention by another name does what it did: padded rows, caches, its saved configuration."""
+    for architecture in ARCHITECTURES:
+        untouched, used = policy_of(architecture, False), policy_of(architecture, False)
+        forward.score(used, batch_of("one group, all alike"))
+        ids = torch.tensor(random_ids(9))
+        mask = torch.ones_like(ids)
+        mask[0, :3] = 0
+        assert torch.equal(untouched(ids, attention_mask=mask).logits, used(ids, attention_mask=mask).logits)
+        assert "alignlab" not in used.config.to_json_string()
+
+
+@torch.no_grad()
+def test_the_prompt_is_computed_once_and_nothing_is_padding() -> None:
+    seen = []
+    policy, batch = tiny(), batch_of("ragged groups and a single row")
+    policy.model.layers[0].mlp.register_forward_hook(lambda m, args, out: seen.append(out.shape[:2]))
+    forward.score(policy, batch)
+    completions = 2 + 2 * WINDOW + 7 + 1 + 3 + 2 * WINDOW
+    assert seen == [(1, len(LONG) + len(SHORT) + len(ONE) + completions)]
+
+
+def test_what_is_selected_keeps_its_shapes() -> None:
+    batch = batch_of("ragged groups and a single row")
+    few = batch.select(torch.tensor([3, 0, 4]))
+    assert few.shapes == RowShapes(
+        lengths=(len(SHORT) + 1, len(LONG) + 2, 4), prompt_lengths=(len(SHORT), len(LONG), 1), prompts=(1, 0, 2)
+    )
+    assert few.input_ids.shape == (3, len(LONG) + 2)
+    assert few.attention_mask.sum(-1).tolist() == list(few.shapes.lengths)
+
+
+STARTER, GROUPS = "nothing shared, ragged", "ragged groups and a single row"
+
+
+@pytest.mark.parametrize(
+    "text, replacement, test, made",
+    [
+        ("distance >= 0) & (distance < window)", "distance >= 0)", test_of_the_starter_s_shape, STARTER),
+        ("distance >= 0) & (distance < window)", "distance >= 0)", test_of_the_starter_s_shape, GROUPS),
+        ("distance < window", "distance <= window", test_of_the_starter_s_shape, GROUPS),
+        ("torch.where(real, columns, BEYOND)", "columns", test_of_the_starter_s_shape, GROUPS),
+        ("positions=(flat % width)[None]", "positions=torch.arange(len(flat))[None]",
+         test_of_the_starter_s_shape, GROUPS),
+        ("self.width <= window", "self.width <= 10 * window", test_of_the_starter_s_shape, STARTER),
+        ("prompts[:, None] + number)", "number)", test_of_the_starter_s_shape, GROUPS),
+        ("scale=scaling)", "scale=1.0)", test_of_the_starter_s_shape, GROUPS),
+        ("softcap * torch.tanh(grouped @ key.transpose(-1, -2) * (scale / softcap))",
+         "grouped @ key.transpose(-1, -2) * scale", test_soft_caps_by_hand, None),
+    ],
+)  # fmt: skip
+def test_mutants_are_noticed(
+    text: str, replacement: str, test: Any, made: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mutant = mutated(module, text, replacement)
+    arguments: Sequence[Any] = (made,) if made else ()
+    try:
+        with pytest.raises(AssertionError):
+            test(*arguments, ways=Ways(mutant, monkeypatch))
+    finally:
+        module.register()  # the names are transformers', and the mutant has taken them

@@ -1,0 +1,104 @@
+"""Both decoders give the states of plain forward passes, through prefill, steps and dropped rows."""
+
+from __future__ import annotations
+
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.testing import assert_close
+from transformers import MistralConfig, MistralForCausalLM
+
+from alignlab.generate import decode as module
+from tests.stand_ins import ARCHITECTURES, PROMPTS, WINDOW, plain_states, policy_of, random_ids, tiny
+from tests.statistics.mutants import mutated
+from tests.tolerances import Tolerance
+
+STATES = Tolerance(rtol=2e-5, atol=2e-5)
+LIMIT = 2 * WINDOW + 2
+ROWS = (0, 0, 1, 2, 2, 2)
+KEPT = {2: (0, 2, 3, 5), WINDOW + 3: (1, 2)}
+"""Step -> which rows go on."""
+
+
+def follow(kind: Any, policy: Any) -> None:
+    """Rows of ragged prompts with tokens of their own, compared at every step."""
+    texts = [[*PROMPTS[prompt]] for prompt in ROWS]
+    tokens = torch.tensor(random_ids(*[LIMIT] * len(ROWS), seed=5))
+    decoder = kind(policy, PROMPTS, torch.tensor(ROWS), LIMIT, 0)
+    alive = list(range(len(ROWS)))
+
+    def check(states: Tensor) -> None:
+        expected = torch.stack([plain_states(policy, texts[row])[-1] for row in alive])
+        assert states.shape == expected.shape
+        assert_close(states, expected, **STATES)
+
+    check(decoder.states)
+    for step in range(LIMIT - 1):
+        if step in KEPT:
+            decoder.keep(torch.tensor(KEPT[step]))
+            alive = [alive[i] for i in KEPT[step]]
+        for row in alive:
+            texts[row].append(int(tokens[row, step]))
+        decoder.step(tokens[alive, step])
+        check(decoder.states)
+
+
+@pytest.mark.parametrize("kind", ["PlainDecoder", "FastDecoder"])
+@pytest.mark.parametrize("adapter", [False, True], ids=["full", "lora"])
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@torch.no_grad()
+def test_states_are_those_of_plain_passes(architecture: str, adapter: bool, kind: str) -> None:
+    policy = policy_of(architecture, adapter)
+    assert module.takes_layout(module.unwrap(policy))
+    follow(getattr(module, kind), policy)
+
+
+@torch.no_grad()
+def test_a_window_in_every_layer() -> None:
+    """Mistral's, which says so by one number."""
+    torch.manual_seed(0)
+    config = MistralConfig(
+        vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, sliding_window=WINDOW, initializer_range=0.3,
+    )  # fmt: skip
+    policy = MistralForCausalLM(config).eval()
+    assert module.takes_layout(policy)
+    follow(module.FastDecoder, policy)
+
+
+@torch.no_grad()
+def fast(decode: ModuleType, architecture: str) -> None:
+    policy = policy_of(architecture, False)
+    assert module.takes_layout(policy)
+    follow(decode.FastDecoder, policy)
+
+
+def test_which_is_chosen() -> None:
+    rows = torch.tensor(ROWS)
+    policy = tiny()
+    with torch.no_grad():
+        assert isinstance(module.start(policy, PROMPTS, rows, 4, 0), module.FastDecoder)
+        policy.config.model_type = "something_else"
+        assert isinstance(module.start(policy, PROMPTS, rows, 4, 0), module.PlainDecoder)
+
+
+@pytest.mark.parametrize(
+    "text, replacement, architecture",
+    [
+        ("max(0, self._seen - cast(int, self._window))", "0", "gemma3"),
+        ("else max(0, self._seen - self._window)", "else 0", "gemma3"),
+        ("- (width - lengths)[:, None]", "- 0", "llama"),
+        ("self._length = self._length + 1\n\n    def keep(self, rows: Tensor) -> None:\n        for", 
+         "pass\n\n    def keep(self, rows: Tensor) -> None:\n        for", "llama"),
+        ("mask = attended[:, None, None]\n", "mask = torch.ones_like(attended)[:, None, None]\n", "llama"),
+        ("if not self._additive", "if True", "gemma2"),
+        ("buffer[rows, :, : self._seen]", "buffer[: len(rows), :, : self._seen]", "llama"),
+        ("packed[(first + lengths - 1)", "packed[(first + lengths - 2)", "llama"),
+    ],
+)  # fmt: skip
+def test_mutants_are_noticed(text: str, replacement: str, architecture: str) -> None:
+    with pytest.raises((AssertionError, RuntimeError, IndexError)):
+        fast(mutated(module, text, replacement), architecture)
