@@ -14,7 +14,7 @@ UNFINISHED := .venv/.alignlab-unfinished
 DEV := dev,tracking
 ALL := $(DEV),quant,conformance
 
-.PHONY: help setup demo test test-all lint types starter constraints clean
+.PHONY: help setup demo test test-all lint types bench starter constraints clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -37,6 +37,9 @@ lint: $(READY)  ## style, formatting and the one direction of imports
 
 types: $(READY)  ## strict type checks
 	$(BIN)/mypy --strict src
+
+bench: $(READY_ALL)  ## training steps beside trl's, in turn on this machine, about half an hour; writes docs/performance.md
+	$(BIN)/python -m benchmarks --write
 
 starter: $(READY)  ## rebuild the shipped starter: data and tokenizer, pretrained model, package assets
 	$(BIN)/python recipes/starter/build.py
