@@ -195,7 +195,9 @@ class TrainSection(Section):
     max_tokens_per_microbatch: int | None = Field(None, ge=1)
     """Tokens in one pass as well, counted as if rows were padded to the longest; a longer row goes alone."""
     sampling_rows: int = Field(512, ge=1)
-    """Rows sampled at once."""
+    """Rows sampled at once, if their keys and values fit the next one."""
+    sampling_cache_mb: int = Field(2048, ge=1)
+    """Megabytes for the keys and values of rows sampled at once; neither changes what is sampled."""
     gradient_checkpointing: bool = False
     """Computes the activations of trained models anew in the backward pass: less memory, a third slower, the same
     gradients (arXiv:1604.06174)."""

@@ -20,7 +20,7 @@ from torch import Tensor
 from alignlab.conversation import Template
 from alignlab.data import collate, fit, plan_microbatches, take
 from alignlab.errors import UserError
-from alignlab.generate import Sampling, SamplingKey, generate
+from alignlab.generate import CACHE_MB, Sampling, SamplingKey, generate
 from alignlab.models import Model
 from alignlab.rewards import RewardFunction
 from alignlab.types import Batch, Completion, Example, Group, Labelled, LoopState, Pair, Prompt, Rollout, Row
@@ -171,6 +171,7 @@ class Limits:
     microbatch_tokens: int | None = None
     """Padded; None = any number."""
     sampling_rows: int = 512
+    sampling_cache_mb: int = CACHE_MB
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -301,6 +302,7 @@ class Source:
         sampled = sample_prompts(
             policy, prompts, prompt_ids, self.template, self.sampling, num_samples=group_size,
             seed=seed, phase=state.phase, max_rows=self.limits.sampling_rows,
+            cache_mb=self.limits.sampling_cache_mb,
         )  # fmt: skip
         flat = [(p, ids, c) for p, ids, siblings in zip(prompts, prompt_ids, sampled, strict=True) for c in siblings]
         if self.rewards or needs_reward:
@@ -353,6 +355,7 @@ def sample_prompts(
     seed: int,
     phase: int,
     max_rows: int = 512,
+    cache_mb: int = CACHE_MB,
 ) -> list[list[Completion]]:
     """Samples completions and decodes them; one list of `num_samples` a prompt.
 
@@ -371,6 +374,7 @@ def sample_prompts(
         stop_ids=template.stop_ids,
         pad_id=template.pad_id,
         max_rows=max_rows,
+        cache_mb=cache_mb,
     )
     return [
         [

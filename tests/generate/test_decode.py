@@ -88,13 +88,12 @@ def test_which_is_chosen() -> None:
 @pytest.mark.parametrize(
     "text, replacement, architecture",
     [
-        ("max(0, self._seen - cast(int, self._window))", "0", "gemma3"),
-        ("else max(0, self._seen - self._window)", "else 0", "gemma3"),
+        ("max(0, seen - window)", "0", "gemma3"),
+        ("max(0, seen - window)", "max(0, seen - window - 1)", "gemma3"),
         ("- (width - lengths)[:, None]", "- 0", "llama"),
         ("self._length = self._length + 1\n\n    def keep(self, rows: Tensor) -> None:\n        for", 
          "pass\n\n    def keep(self, rows: Tensor) -> None:\n        for", "llama"),
-        ("mask = attended[:, None, None]\n", "mask = torch.ones_like(attended)[:, None, None]\n", "llama"),
-        ("if not self._additive", "if True", "gemma2"),
+        ("if bool(mask.all()) else", "if True else", "llama"),
         ("buffer[rows, :, : self._seen]", "buffer[: len(rows), :, : self._seen]", "llama"),
         ("packed[(first + lengths - 1)", "packed[(first + lengths - 2)", "llama"),
     ],

@@ -14,12 +14,14 @@ from torch.testing import assert_close
 
 from alignlab import generate as module
 from alignlab.forward import score
-from alignlab.generate import Sampled, Sampling, SamplingKey
+from alignlab.generate import CACHE_MB, Sampled, Sampling, SamplingKey
+from alignlab.generate.decode import cache_bytes
 from alignlab.models import AdapterOff, make_value_model, trunk
 from tests.stand_ins import (
     ARCHITECTURES,
     PROMPTS,
     VOCABULARY,
+    WINDOW,
     adapted,
     batch_of,
     nudge,
@@ -50,15 +52,26 @@ def sample(
     keys: Sequence[SamplingKey] = KEYS,
     *,
     num_samples: int = 3,
-    stop_ids: frozenset[int] = NO_STOP,
+    stop_ids: frozenset[int] | Sequence[frozenset[int]] = NO_STOP,
     pad_id: int = 0,
     max_rows: int = 512,
+    cache_mb: int = CACHE_MB,
+    limits: Sequence[int] | None = None,
     using: ModuleType = module,
     **sampling: Any,
 ) -> list[list[Sampled]]:
     choice = Sampling(**{"max_completion_tokens": 12, **sampling})
     return using.generate(  # type: ignore[no-any-return]
-        policy, prompts, keys, choice, num_samples=num_samples, stop_ids=stop_ids, pad_id=pad_id, max_rows=max_rows
+        policy,
+        prompts,
+        keys,
+        choice,
+        num_samples=num_samples,
+        stop_ids=stop_ids,
+        pad_id=pad_id,
+        max_rows=max_rows,
+        cache_mb=cache_mb,
+        limits=limits,
     )
 
 
@@ -267,6 +280,44 @@ def test_waves_hold_at_most_max_rows() -> None:
     assert seen == [(1, a), (4, 1), (1, a + b), (4, 1), (1, b + c), (4, 1), (1, c), (3, 1)]
 
 
+def test_waves_fit_their_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As many neighbours as fit, counted at the longest of them; one row is always decoded."""
+    policy = tiny()
+    expected = ids(sample(policy, max_completion_tokens=4))
+    a, b, c = map(len, PROMPTS)
+    assert b > max(a, c)
+    room = 4 * cache_bytes(policy, b + 4)
+    monkeypatch.setattr(module, "cache_bytes", lambda model, tokens: cache_bytes(model, tokens) * 2**20 // room)
+    with widths(policy) as seen:
+        assert ids(sample(policy, cache_mb=1, max_completion_tokens=4)) == expected
+    first = [shape[0] for shape in seen if shape[1] == 1][::3]
+    assert sum(first) == 9 and max(first) >= 4 and len(first) > 1
+    monkeypatch.setattr(module, "cache_bytes", lambda model, tokens: 2**30)
+    with widths(policy) as seen:
+        assert ids(sample(policy, cache_mb=1, max_completion_tokens=4)) == expected
+    assert [shape[0] for shape in seen if shape[1] == 1] == [1] * 27
+
+
+def test_cache_bytes_are_those_of_the_cache() -> None:
+    for architecture in ARCHITECTURES:
+        policy = policy_of(architecture, False)
+        cache = policy(torch.tensor([random_ids(WINDOW - 1)[0]]), use_cache=True).past_key_values
+        held = sum(x.numel() * x.element_size() for layer in cache.layers for x in (layer.keys, layer.values))
+        assert cache_bytes(policy, WINDOW - 1) == held, architecture
+
+
+def test_each_prompt_has_its_stops_and_its_limit() -> None:
+    """As if it were sampled alone, with what is its own."""
+    policy = tiny(dtype=torch.float64)
+    stops, limits = [frozenset(range(5, 15)), NO_STOP, frozenset({7, 9, 30})], [20, 3, 9]
+    together = sample(policy, num_samples=4, max_completion_tokens=12, stop_ids=stops, limits=limits)
+    for prompt, key, stop, limit, group in zip(PROMPTS, KEYS, stops, limits, together, strict=True):
+        (alone,) = sample(policy, [prompt], [key], num_samples=4, max_completion_tokens=min(limit, 12), stop_ids=stop)
+        assert ids([group]) == ids([alone])
+        assert [s.finish_reason for s in group] == [s.finish_reason for s in alone]
+    assert {s.finish_reason for group in together for s in group} == {"stop", "length"}
+
+
 @pytest.mark.filterwarnings("ignore:.*gradient_checkpointing_enable:FutureWarning")
 def test_training_mode_is_left_as_it_was() -> None:
     """Module by module, after an error too; dropout and gradient checkpointing play no part in sampling."""
@@ -316,9 +367,11 @@ def test_a_critic_on_the_same_trunk_does_not_matter() -> None:
 def test_no_prompts_and_wrong_arguments() -> None:
     policy = tiny()
     assert sample(policy, [], []) == []
-    for wrong in ({"keys": KEYS[:2]}, {"num_samples": 0}, {"max_rows": 0}):
+    few: dict[str, Any]
+    for few in ({"keys": KEYS[:2]}, {"num_samples": 0}, {"max_rows": 0}, {"limits": [4, 4]}, {"limits": [4, 0, 4]},
+                {"stop_ids": [NO_STOP]}):  # fmt: skip
         with pytest.raises(ValueError, match="generate: 3 prompts"):
-            sample(policy, **wrong)  # type: ignore[arg-type]
+            sample(policy, **few)
 
 
 def test_every_token_can_be_drawn() -> None:
@@ -348,13 +401,13 @@ def stopping(generate: ModuleType) -> None:
 @pytest.mark.parametrize(
     "text, replacement, test",
     [
-        ("prompt - first for prompt, _ in rows", "0 for prompt, _ in rows", neighbours),
-        ("uniforms(sample, limit) for", "uniforms(0, limit) for", neighbours),
+        ("prompts.setdefault(id(request.prompt), len(prompts)) for", "0 for", neighbours),
+        ("uniforms(sample, end)", "uniforms(0, end)", neighbours),
         ("uniforms[live, step], sampling", "uniforms[: len(live), step], sampling", stopping),
         ("tokens[live, step], logprobs", "tokens[: len(live), step], logprobs", stopping),
         ("token, finished = live[index], token[index]", "token, finished = live[index], token[: len(index)]", stopping),
         ("decoder.keep(index)", "decoder.keep(index * 0)", stopping),
-        ("len(token_ids) if end is None else end + 1", "len(token_ids) if end is None else end", stopping),
+        ("request.limit if end is None else end + 1", "request.limit if end is None else end", stopping),
     ],
 )  # fmt: skip
 def test_mutants_are_noticed(text: str, replacement: str, test: Any, monkeypatch: pytest.MonkeyPatch) -> None:

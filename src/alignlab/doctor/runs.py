@@ -27,7 +27,7 @@ from alignlab.models import (
 )
 from alignlab.pipeline import default_cache
 from alignlab.pipeline.identity import DONE, StageResult, read_done
-from alignlab.pipeline.items import load_items
+from alignlab.pipeline.items import limits_of, load_items
 from alignlab.pipeline.stage import model_choice
 from alignlab.recipe import Recipe, Stage, parse_recipe, read_mapping
 from alignlab.rollout import Limits, fitting_prompts, sample_prompts
@@ -85,13 +85,7 @@ def examine_run(
     choice = replace(model_choice(stage.model, str(folder)), adapter=None)
     model = load_reward_model(folder, choice, device=on)
     template = Template.of(load_tokenizer(str(folder)), load_generation_config(str(folder)))
-    limits = Limits(
-        max_prompt_tokens=stage.data.max_prompt_tokens,
-        max_completion_tokens=stage.data.max_completion_tokens,
-        microbatch_rows=stage.train.microbatch_rows,
-        microbatch_tokens=stage.train.max_tokens_per_microbatch,
-        sampling_rows=stage.train.sampling_rows,
-    )
+    limits = limits_of(stage)
     judge = Judge(
         score=lambda batch: rewards(model, batch),
         template=template,

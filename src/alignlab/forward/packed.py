@@ -72,6 +72,14 @@ class Layout:
     segments: tuple[Segments, ...]
 
 
+@dataclass(frozen=True, slots=True)
+class OneToken:
+    """Rows that take one token each, with keys of their own before it: what each row's attention sees."""
+
+    positions: Tensor  # (R, 1)
+    masks: dict[int | None, Tensor | None]  # window -> (R, 1, 1, K) bool, True = attended; None = all of them
+
+
 BEYOND = 2**40
 """Position of a key that is not there."""
 
@@ -211,19 +219,30 @@ def packed_states(
         input_ids: (N,), as the layout has them.
         options: for the decoder's forward pass, e.g. a cache.
     """
+    return _states(decoder, model, input_ids[None], layout, **options)[0]
+
+
+def next_states(decoder: nn.Module, model: PreTrainedModel, tokens: Tensor, layout: OneToken, **options: Any) -> Tensor:
+    """The decoder's states after one more token of each row: (R,) -> (R, H); options bring the cache."""
+    return _states(decoder, model, tokens[:, None], layout, **options)[:, 0]
+
+
+def _states(
+    decoder: nn.Module, model: PreTrainedModel, input_ids: Tensor, layout: Layout | OneToken, **options: Any
+) -> Tensor:
     config = model.config.get_text_config()
     unused = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=input_ids.device)  # a given mask keeps it from making one
     masks: Any = unused
     if config.model_type in MASK_A_KIND:
         masks = dict.fromkeys(("full_attention", "sliding_attention"), unused)
     output = decoder(
-        input_ids=input_ids[None],
+        input_ids=input_ids,
         attention_mask=masks,
         position_ids=layout.positions,
         layout=layout,
         **options,
     )
-    return cast(Tensor, output.last_hidden_state)[0]
+    return cast(Tensor, output.last_hidden_state)
 
 
 def _attend(
@@ -233,14 +252,14 @@ def _attend(
     value: Tensor,
     attention_mask: Tensor | None,
     *,
-    layout: Layout | None = None,
+    layout: Layout | OneToken | None = None,
     **options: Any,
 ) -> tuple[Tensor, Tensor | None]:
     if layout is None:
         from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
         return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
-    return _by_segment(query, key, value, layout, **options), None
+    return _with_layout(query, key, value, layout, **options), None
 
 
 def _attend_eagerly(
@@ -250,13 +269,46 @@ def _attend_eagerly(
     value: Tensor,
     attention_mask: Tensor | None,
     *,
-    layout: Layout | None = None,
+    layout: Layout | OneToken | None = None,
     **options: Any,
 ) -> tuple[Tensor, Tensor | None]:
     if layout is None:
         plain = sys.modules[type(module).__module__].eager_attention_forward
         return cast(tuple[Tensor, Tensor | None], plain(module, query, key, value, attention_mask, **options))
-    return _by_segment(query, key, value, layout, **options), None
+    return _with_layout(query, key, value, layout, **options), None
+
+
+def _with_layout(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    layout: Layout | OneToken,
+    *,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    **options: Any,
+) -> Tensor:
+    """What models call: their options, and those of them that count."""
+    if isinstance(layout, OneToken):
+        return _one_token(query, key, value, layout.masks[sliding_window], scaling, softcap)
+    return _by_segment(query, key, value, layout, scaling, dropout, sliding_window, softcap)
+
+
+def _one_token(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float | None, softcap: float | None
+) -> Tensor:
+    """(R, heads, 1, D) and (R, key heads, K, D) twice -> (R, 1, heads, D), no key copied."""
+    rows, heads, _, size = query.shape
+    grouped = query.reshape(rows, key.shape[1], -1, size) * (size**-0.5 if scaling is None else scaling)
+    logits = grouped @ key.transpose(-1, -2)
+    if softcap is not None:
+        logits = softcap * torch.tanh(logits / softcap)
+    if mask is not None:
+        logits = logits.masked_fill(~mask, torch.finfo(logits.dtype).min)
+    weights = logits.softmax(-1, dtype=torch.promote_types(logits.dtype, torch.float32))
+    return (weights.to(value.dtype) @ value).reshape(rows, 1, heads, size)
 
 
 def _by_segment(
@@ -264,12 +316,10 @@ def _by_segment(
     key: Tensor,
     value: Tensor,
     layout: Layout,
-    *,
-    scaling: float | None = None,
-    dropout: float = 0.0,
-    sliding_window: int | None = None,
-    softcap: float | None = None,
-    **options: Any,
+    scaling: float | None,
+    dropout: float,
+    window: int | None,
+    softcap: float | None,
 ) -> Tensor:
     """(1, heads, N, D) and (1, key heads, N, D) twice -> (1, N, heads, D)."""
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))  # (N, heads, D)
@@ -286,7 +336,7 @@ def _by_segment(
         asked = split(q, segments.queries, own)
         at = segments.queries if segments.keys is None else segments.keys
         keys, values = split(k, at, own), split(v, at, own)
-        result = _attention(asked, keys, values, segments.mask(sliding_window), scaling, dropout, softcap)
+        result = _attention(asked, keys, values, segments.mask(window), scaling, dropout, softcap)
         flat = result.transpose(1, 2).reshape(count * width, *q.shape[1:])
         found.append(flat if segments.results is None else flat.index_select(0, segments.results))
     return (found[0] if len(found) == 1 else torch.cat(found))[None]

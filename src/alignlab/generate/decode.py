@@ -8,7 +8,7 @@ hands every layer a mask that is only cut, never made again.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Protocol, cast
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
 import torch
 from torch import Tensor
@@ -16,9 +16,12 @@ from transformers import Cache, DynamicCache
 from transformers.cache_utils import CacheLayerMixin
 
 from alignlab.data import left_pad
-from alignlab.forward.packed import MASK_A_KIND, attention_of, make_layout, packed_states, takes_layout
+from alignlab.forward.packed import OneToken, make_layout, next_states, packed_states, takes_layout
 from alignlab.models import Model, trunk, unwrap
 from alignlab.types import RowShapes
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 class Decoder(Protocol):
@@ -43,6 +46,15 @@ def start(model: Model, prompts: Sequence[Sequence[int]], rows: Tensor, limit: i
     """
     kind = FastDecoder if takes_layout(unwrap(model)) else PlainDecoder
     return kind(model, prompts, rows, limit, pad_id)
+
+
+def cache_bytes(model: PreTrainedModel, tokens: int) -> int:
+    """Of the keys and values of one row of so many tokens; 0 where the configuration does not say."""
+    config: Any = model.config.get_text_config()
+    layers, queries = getattr(config, "num_hidden_layers", 0), getattr(config, "num_attention_heads", 0)
+    heads = getattr(config, "num_key_value_heads", None) or queries
+    size = getattr(config, "head_dim", None) or getattr(config, "hidden_size", 0) // max(1, queries)
+    return int(2 * layers * heads * size * tokens * model.dtype.itemsize)
 
 
 class PlainDecoder:
@@ -89,63 +101,51 @@ class FastDecoder:
         first = lengths.cumsum(0) - lengths
         at = (first[:, None] + (torch.arange(width)[None] - (width - lengths)[:, None])).clamp(min=0)
         at = torch.where(mask, at, 0).to(device)[rows]  # (R, width): where each row's keys lie in the packed row
-        config = self._inner.config.get_text_config()
-        kinds = getattr(config, "layer_types", None) or ["full_attention"] * config.num_hidden_layers
-        window = getattr(config, "sliding_window", None)
-        if config.model_type == "mistral" and window is not None:
-            kinds = ["sliding_attention"] * config.num_hidden_layers
-        windows = [window if kind == "sliding_attention" else None for kind in kinds]
-        self._layers = [_Keys(at, limit, w) for w in windows]
+        self._windows = _windows(self._inner)
+        self._layers = [_Keys(at[:, _first(width + 1, window) :], limit, window) for window in self._windows]
         self._cache = Cache(layers=[*self._layers])
         packed = packed_states(
             self._trunk, self._inner, right.to(device), layout, past_key_values=self._cache, use_cache=True
         )
         self.states = packed[(first + lengths - 1).to(device)[rows]]
-        self._length, self._seen, self._window = lengths.to(device)[rows], width, window
+        self._length, self._seen = lengths.to(device)[rows], width
         known = mask.to(device)[rows]
-        self._mask = torch.cat([known, known.new_ones(len(rows), limit)], 1)
-        self._masks_by_kind = config.model_type in MASK_A_KIND
-        self._additive = attention_of(self._inner) == "eager"
-        self._slides = any(w is not None for w in windows)
-        self._all_slide = self._slides and not self._masks_by_kind
+        self._mask = None if bool(mask.all()) else torch.cat([known, known.new_ones(len(rows), limit)], 1)
 
     def step(self, tokens: Tensor) -> None:
         self._seen += 1
-        full = self._as_mask(self._mask[:, : self._seen])
-        masks: Any = full
-        if self._slides:
-            first = max(0, self._seen - cast(int, self._window))
-            sliding = self._as_mask(self._mask[:, first : self._seen])
-            masks = sliding if self._all_slide else {"full_attention": full, "sliding_attention": sliding}
-        elif self._masks_by_kind:
-            masks = {"full_attention": full, "sliding_attention": full}
-        output = self._trunk(
-            input_ids=tokens[:, None],
-            attention_mask=masks,
-            position_ids=self._length[:, None],
-            past_key_values=self._cache,
-            use_cache=True,
-        )
-        self.states = cast(Tensor, output.last_hidden_state)[:, -1]
+        masks: dict[int | None, Tensor | None] = dict.fromkeys(self._windows)
+        if self._mask is not None:
+            masks = {w: self._mask[:, None, None, _first(self._seen, w) : self._seen] for w in masks}
+        layout = OneToken(self._length[:, None], masks)
+        self.states = next_states(self._trunk, self._inner, tokens, layout, past_key_values=self._cache, use_cache=True)
         self._length = self._length + 1
 
     def keep(self, rows: Tensor) -> None:
         for layer in self._layers:
             layer.keep(rows)
-        self._mask, self._length = self._mask[rows], self._length[rows]
+        self._length = self._length[rows]
+        self._mask = None if self._mask is None else self._mask[rows]
 
-    def _as_mask(self, attended: Tensor) -> Tensor:
-        """(R, K) -> (R, 1, 1, K), as the model's attention takes it."""
-        mask = attended[:, None, None]
-        if not self._additive:
-            return mask
-        least = torch.finfo(self.states.dtype).min
-        return torch.zeros(mask.shape, dtype=self.states.dtype, device=mask.device).masked_fill(~mask, least)
+
+def _windows(model: PreTrainedModel) -> list[int | None]:
+    """How far back each layer sees; None: to the beginning."""
+    config = model.config.get_text_config()
+    window = getattr(config, "sliding_window", None)
+    if config.model_type == "mistral":
+        return [window] * config.num_hidden_layers
+    kinds = getattr(config, "layer_types", None) or ["full_attention"] * config.num_hidden_layers
+    return [window if kind == "sliding_attention" else None for kind in kinds]
+
+
+def _first(seen: int, window: int | None) -> int:
+    """The first of the columns seen so far that is not behind the window."""
+    return 0 if window is None else max(0, seen - window)
 
 
 class _Keys(CacheLayerMixin):  # type: ignore[no-untyped-call]
     """Keys and values of one layer, (R, key heads, width + limit, D): first those of the prompts, taken apart from
-    their packed row, then one column a step. What a window has passed is not handed out."""
+    their packed row, then one column a step. What a window has passed is neither kept of prompts nor handed out."""
 
     is_sliding = False
 
@@ -170,7 +170,7 @@ class _Keys(CacheLayerMixin):  # type: ignore[no-untyped-call]
         self.keys[:, :, self._seen] = key_states[:, :, 0]
         self.values[:, :, self._seen] = value_states[:, :, 0]
         self._seen += 1
-        first = 0 if self._window is None else max(0, self._seen - self._window)
+        first = _first(self._seen, self._window)
         return self.keys[:, :, first : self._seen], self.values[:, :, first : self._seen]
 
     def keep(self, rows: Tensor) -> None:

@@ -25,6 +25,19 @@ READABLE = 10_000_000
 """Bytes of a data file up to which it is read to check it and to count its rows: a second or two."""
 
 
+def limits_of(stage: Stage) -> Limits:
+    """Lengths, and how much meets the model at once."""
+    data, train = stage.data, stage.train
+    return Limits(
+        max_prompt_tokens=data.max_prompt_tokens,
+        max_completion_tokens=data.max_completion_tokens,
+        microbatch_rows=train.microbatch_rows,
+        microbatch_tokens=train.max_tokens_per_microbatch,
+        sampling_rows=train.sampling_rows,
+        sampling_cache_mb=train.sampling_cache_mb,
+    )
+
+
 def load_items(stage: Stage, kind: Kind, split: Split) -> list[Any]:
     """Items of a kind from a stage's split; files and hub sets have no test split of their own."""
     return load_reported(stage, kind, split)[0]

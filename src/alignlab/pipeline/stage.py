@@ -59,6 +59,7 @@ from alignlab.pipeline.identity import DONE, StageResult, Teacher, code_fingerpr
 from alignlab.pipeline.items import (
     first_of_each_task,
     held_out_items,
+    limits_of,
     load_items,
     load_reported,
     of_evaluation,
@@ -70,7 +71,6 @@ from alignlab.pipeline.rewards import build_rewards, require_fit
 from alignlab.recipe import BestSection, ModelSection, Stage, dump_yaml, read_mapping
 from alignlab.rewards.learned import same_tokenizer
 from alignlab.rollout import (
-    Limits,
     Reward,
     Source,
     encode_examples,
@@ -128,13 +128,7 @@ class StageRun:
         self.choice = stage_choice(stage, str(start.model) if start else None)
         tokenizer = load_tokenizer(self.choice.name, self.choice.revision)
         self.template = Template.of(tokenizer, load_generation_config(self.choice.name, self.choice.revision))
-        self.limits = Limits(
-            max_prompt_tokens=stage.data.max_prompt_tokens,
-            max_completion_tokens=stage.data.max_completion_tokens,
-            microbatch_rows=stage.train.microbatch_rows,
-            microbatch_tokens=stage.train.max_tokens_per_microbatch,
-            sampling_rows=stage.train.sampling_rows,
-        )
+        self.limits = limits_of(stage)
         self.num_phases = stage.train.num_phases
         """Of this run; with `epochs` it follows from the data."""
         self._start: Any = None
