@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import multiprocessing
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from alignlab.models import head
 from alignlab.types import Batch, Row
 from tests.stand_ins import random_ids
 
+ROOT = Path(__file__).resolve().parents[1]
 STATUS = Path("/proc/self/status")
 VOCABULARY, WIDTH, ROWS, SHORT = 262_144, 32, 4, 48
 LOGITS_MB = ROWS * SHORT * VOCABULARY * 4 / 2**20
@@ -81,19 +83,21 @@ def sample(policy: PreTrainedModel, length: int) -> None:
     )
 
 
-def _peaks(work: Callable[[PreTrainedModel, int], None], frozen_head: bool) -> tuple[float, float]:
+def main(work: str, frozen_head: str) -> None:
+    """What the process of its own does: prints the peak after one length and after twice that."""
     torch.set_num_threads(1)
-    policy = model(frozen_head)
-    work(policy, SHORT)
-    once = peak_mb()
-    work(policy, 2 * SHORT)
-    return once, peak_mb()
+    policy = model(frozen_head == "True")
+    for length in (SHORT, 2 * SHORT):
+        globals()[work](policy, length)
+        print(peak_mb())
 
 
 def growth_mb(work: Callable[[PreTrainedModel, int], None], frozen_head: bool) -> float:
     """How much doubling the length adds to the peak of a new process."""
-    with multiprocessing.get_context("spawn").Pool(1) as pool:
-        once, twice = pool.apply(_peaks, (work, frozen_head))
+    command = [sys.executable, "-m", __name__, work.__name__, str(frozen_head)]
+    ran = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT)
+    assert not ran.returncode, ran.stderr
+    once, twice = map(float, ran.stdout.split())
     return twice - once
 
 
@@ -108,3 +112,7 @@ def test_sampling_holds_one_tokens_logits() -> None:
 
 def test_what_logits_would_take_is_seen() -> None:
     assert growth_mb(train_with_logits, True) > LOGITS_MB
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
