@@ -257,10 +257,10 @@ def test_recomputed_activations_give_the_same_gradients(method: str, holding: st
 
 
 def counted(module: nn.Module) -> Callable[[], list[int]]:
-    """The widths with which a module is called from now on."""
-    widths: list[int] = []
-    module.register_forward_pre_hook(lambda _, given: widths.append(given[0].shape[1]))
-    return lambda: widths
+    """With how many tokens a module is called from now on."""
+    tokens: list[int] = []
+    module.register_forward_pre_hook(lambda _, given: tokens.append(given[0].shape[:-1].numel()))
+    return lambda: tokens
 
 
 def test_activations_are_recomputed_and_dropout_stays_off() -> None:
@@ -272,7 +272,7 @@ def test_activations_are_recomputed_and_dropout_stays_off() -> None:
     disable_dropout(policy)
     expected = score(policy, BATCH).logprobs
     recompute_activations(policy)
-    calls = counted(unwrap(policy).model.layers[0].mlp)
+    calls = counted(unwrap(policy).model.layers[0].mlp.act_fn)
     policy.train()
     assert policy.training
     found = score(policy, BATCH).logprobs
@@ -303,13 +303,13 @@ def test_sampling_keeps_its_cache() -> None:
         policy = adapted(tiny())
         if recomputed:
             recompute_activations(policy)
-        calls = counted(trunk(policy).layers[0].mlp)
+        calls = counted(trunk(policy).layers[0].mlp.act_fn)
         keys = [SamplingKey(1, 0, "a"), SamplingKey(1, 0, "b")]
         sampling = Sampling(max_completion_tokens=6)
         sampled.append(
             generate(policy, [(2, 9, 33), (2, 5)], keys, sampling, num_samples=2, stop_ids=frozenset(), pad_id=0)
         )
-        assert calls() == [5, 1, 1, 1, 1, 1]  # both prompts without padding, then one token of each row
+        assert calls() == [5, 4, 4, 4, 4, 4]  # both prompts without padding, then one token of each row
         assert policy.training == recomputed
     assert sampled[0] == sampled[1]
 

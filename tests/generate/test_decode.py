@@ -52,7 +52,7 @@ def follow(kind: Any, policy: Any) -> None:
 @torch.no_grad()
 def test_states_are_those_of_plain_passes(architecture: str, adapter: bool, kind: str) -> None:
     policy = policy_of(architecture, adapter)
-    assert module.takes_layout(module.unwrap(policy))
+    assert module.is_known(module.unwrap(policy))
     follow(getattr(module, kind), policy)
 
 
@@ -65,14 +65,14 @@ def test_a_window_in_every_layer() -> None:
         num_key_value_heads=2, sliding_window=WINDOW, initializer_range=0.3,
     )  # fmt: skip
     policy = MistralForCausalLM(config).eval()
-    assert module.takes_layout(policy)
+    assert module.is_known(policy)
     follow(module.FastDecoder, policy)
 
 
 @torch.no_grad()
 def fast(decode: ModuleType, architecture: str) -> None:
     policy = policy_of(architecture, False)
-    assert module.takes_layout(policy)
+    assert module.is_known(policy)
     follow(decode.FastDecoder, policy)
 
 
@@ -94,7 +94,7 @@ def test_which_is_chosen() -> None:
         ("self._length = self._length + 1\n\n    def keep(self, rows: Tensor) -> None:\n        for", 
          "pass\n\n    def keep(self, rows: Tensor) -> None:\n        for", "llama"),
         ("if bool(mask.all()) else", "if True else", "llama"),
-        ("buffer[rows, :, : self._seen]", "buffer[: len(rows), :, : self._seen]", "llama"),
+        ("held[rows, :, : self._seen]", "held[: len(rows), :, : self._seen]", "llama"),
         ("packed[(first + lengths - 1)", "packed[(first + lengths - 2)", "llama"),
     ],
 )  # fmt: skip

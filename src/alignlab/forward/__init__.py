@@ -7,12 +7,14 @@ and so gives both the logprob and the value at index t. Only completion position
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import cast
 
 import torch
 from torch import Tensor
 
-from alignlab.forward.packed import make_layout, packed_states, takes_layout
+from alignlab.forward.decoder import decode, is_known
+from alignlab.forward.packed import attend, make_layout
 from alignlab.functional.divergence import reverse_kl
 from alignlab.functional.logprobs import token_logprobs, token_logprobs_and_entropy
 from alignlab.models import Model, ScalarModel, active, head, trunk, unwrap
@@ -45,11 +47,11 @@ class Scores:
 def trunk_states(model: Model, batch: Batch) -> States:
     """The trunk's states of a batch: packed into one row where the model can, else padded; see `packed`."""
     inner = unwrap(model)
-    if PACK and batch.shapes is not None and takes_layout(inner):
+    if PACK and batch.shapes is not None and is_known(inner):
         layout = make_layout(batch.shapes, batch.input_ids.shape[1], batch.input_ids.device)
         with active(model):
             ids = batch.input_ids.flatten()[layout.tokens]
-            return States(packed_states(trunk(model), inner, ids, layout, use_cache=False), layout.place)
+            return States(decode(trunk(model), ids, layout.positions, partial(attend, layout)), layout.place)
     states = padded_states(model, batch)
     place = torch.arange(states.shape[0] * states.shape[1], device=states.device).view(states.shape[:2])
     return States(states.flatten(0, 1), place)

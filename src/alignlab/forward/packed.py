@@ -1,33 +1,23 @@
-"""A batch as one packed row without padding, each shared prompt once: Batch -> Layout -> hidden states (N, H).
+"""A batch as one packed row without padding, each shared prompt once: row shapes -> Layout, and its attention.
 
-Linear layers, norms and rotary tables of a `transformers` decoder do not care which row a token is of; only attention
-does. So all tokens of a microbatch stand in one row (1, N): first the roots (a prompt that several rows share, or a
-whole row), then the leaves (the completions of shared prompts). Attention, which models look up by name, takes them
-apart again: a root attends to itself, a leaf to its root and itself. Values and gradients are those of padded rows, up
-to the order of additions; what is saved is padding, and a prompt's forward and backward pass for all but one sibling.
+A decoder's linear layers, norms and rotary tables do not care which row a token is of; only attention does. So all
+tokens of a microbatch stand in one row (N,): first the roots (a prompt that several rows share, or a whole row), then
+the leaves (the completions of shared prompts). Attention takes them apart again: a root attends to itself, a leaf to
+its root and itself. Values and gradients are those of padded rows, up to the order of additions; what is saved is
+padding, and a prompt's forward and backward pass for all but one sibling.
 """
 
 from __future__ import annotations
 
-import sys
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
+from alignlab.forward.decoder import AttentionKind
 from alignlab.types import RowShapes
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
-ONE_MASK = ("gemma", "llama", "mistral", "smollm3")
-MASK_A_KIND = ("gemma2", "gemma3_text", "qwen2", "qwen3")
-"""Types of models whose attention takes a layout, by whether their decoder takes one mask or one for each kind of
-layer. Any other architecture goes the plain way."""
-NAMES = {"sdpa": "alignlab_sdpa", "eager": "alignlab_eager"}
-"""What the attention of such a model is called from then on; without a layout it is what it was."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,20 +54,12 @@ class Segments:
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """Where every token of a batch (B, T) lies in its packed row (1, N)."""
+    """Where every token of a batch (B, T) lies in its packed row (N,)."""
 
     tokens: Tensor  # (N,) index of each into the flat (B * T) tokens
-    positions: Tensor  # (1, N)
+    positions: Tensor  # (N,)
     place: Tensor  # (B, T) index into the packed row; 0 on padding
     segments: tuple[Segments, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class OneToken:
-    """Rows that take one token each, with keys of their own before it: what each row's attention sees."""
-
-    positions: Tensor  # (R, 1)
-    masks: dict[int | None, Tensor | None]  # window -> (R, 1, 1, K) bool, True = attended; None = all of them
 
 
 BEYOND = 2**40
@@ -121,7 +103,7 @@ def make_layout(shapes: RowShapes, width: int, device: torch.device) -> Layout:
         segments.append(_leaves(shapes, leaves, place, start, device))
     return Layout(
         tokens=(flat := torch.cat(tokens)).to(device, non_blocking=True),
-        positions=(flat % width)[None].to(device, non_blocking=True),
+        positions=(flat % width).to(device, non_blocking=True),
         place=place.to(device, non_blocking=True),
         segments=tuple(segments),
     )
@@ -180,166 +162,25 @@ def _on(tensor: Tensor | None, device: torch.device) -> Tensor | None:
     return None if tensor is None else tensor.to(device, non_blocking=True)
 
 
-# ---- models ----------------------------------------------------------------------------------------------------------
-
-
-def takes_layout(model: PreTrainedModel) -> bool:
-    """Whether the model can be run on a packed row; if so, from now on its attention understands layouts."""
-    config = model.config.get_text_config()
-    if config.model_type not in ONE_MASK + MASK_A_KIND:
-        return False
-    if config._attn_implementation in NAMES:
-        register()
-        config._attn_implementation = NAMES[config._attn_implementation]
-    return config._attn_implementation in NAMES.values()
-
-
-def register() -> None:
-    """Makes the names known to transformers, which takes seconds to import; to do so again changes nothing."""
-    from transformers import AttentionInterface, AttentionMaskInterface
-    from transformers.masking_utils import eager_mask, sdpa_mask
-
-    for name, attention, mask in (("sdpa", _attend, sdpa_mask), ("eager", _attend_eagerly, eager_mask)):
-        AttentionInterface.register(NAMES[name], attention)
-        AttentionMaskInterface.register(NAMES[name], mask)
-
-
-def attention_of(model: PreTrainedModel) -> str:
-    """What the model's attention is, whether it has learned to take layouts or not."""
-    name = str(model.config.get_text_config()._attn_implementation)
-    return {own: plain for plain, own in NAMES.items()}.get(name, name)
-
-
-def packed_states(
-    decoder: nn.Module, model: PreTrainedModel, input_ids: Tensor, layout: Layout, **options: Any
-) -> Tensor:
-    """The decoder's last hidden states, after its final norm, of a packed batch: (N, H).
-
-    Args:
-        input_ids: (N,), as the layout has them.
-        options: for the decoder's forward pass, e.g. a cache.
-    """
-    return _states(decoder, model, input_ids[None], layout, **options)[0]
-
-
-def next_states(decoder: nn.Module, model: PreTrainedModel, tokens: Tensor, layout: OneToken, **options: Any) -> Tensor:
-    """The decoder's states after one more token of each row: (R,) -> (R, H); options bring the cache."""
-    return _states(decoder, model, tokens[:, None], layout, **options)[:, 0]
-
-
-def _states(
-    decoder: nn.Module, model: PreTrainedModel, input_ids: Tensor, layout: Layout | OneToken, **options: Any
-) -> Tensor:
-    config = model.config.get_text_config()
-    unused = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=input_ids.device)  # a given mask keeps it from making one
-    masks: Any = unused
-    if config.model_type in MASK_A_KIND:
-        masks = dict.fromkeys(("full_attention", "sliding_attention"), unused)
-    output = decoder(
-        input_ids=input_ids,
-        attention_mask=masks,
-        position_ids=layout.positions,
-        layout=layout,
-        **options,
-    )
-    return cast(Tensor, output.last_hidden_state)
-
-
-def _attend(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    *,
-    layout: Layout | OneToken | None = None,
-    **options: Any,
-) -> tuple[Tensor, Tensor | None]:
-    if layout is None:
-        from transformers.integrations.sdpa_attention import sdpa_attention_forward
-
-        return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
-    return _with_layout(query, key, value, layout, **options), None
-
-
-def _attend_eagerly(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    *,
-    layout: Layout | OneToken | None = None,
-    **options: Any,
-) -> tuple[Tensor, Tensor | None]:
-    if layout is None:
-        plain = sys.modules[type(module).__module__].eager_attention_forward
-        return cast(tuple[Tensor, Tensor | None], plain(module, query, key, value, attention_mask, **options))
-    return _with_layout(query, key, value, layout, **options), None
-
-
-def _with_layout(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    layout: Layout | OneToken,
-    *,
-    scaling: float | None = None,
-    dropout: float = 0.0,
-    sliding_window: int | None = None,
-    softcap: float | None = None,
-    **options: Any,
-) -> Tensor:
-    """What models call: their options, and those of them that count."""
-    if isinstance(layout, OneToken):
-        return _one_token(query, key, value, layout.masks[sliding_window], scaling, softcap)
-    return _by_segment(query, key, value, layout, scaling, dropout, sliding_window, softcap)
-
-
-def _one_token(
-    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float | None, softcap: float | None
-) -> Tensor:
-    """(R, heads, 1, D) and (R, key heads, K, D) twice -> (R, 1, heads, D), no key copied."""
-    rows, heads, _, size = query.shape
-    grouped = query.reshape(rows, key.shape[1], -1, size) * (size**-0.5 if scaling is None else scaling)
-    logits = grouped @ key.transpose(-1, -2)
-    if softcap is not None:
-        logits = softcap * torch.tanh(logits / softcap)
-    if mask is not None:
-        logits = logits.masked_fill(~mask, torch.finfo(logits.dtype).min)
-    weights = logits.softmax(-1, dtype=torch.promote_types(logits.dtype, torch.float32))
-    return (weights.to(value.dtype) @ value).reshape(rows, 1, heads, size)
-
-
-def _by_segment(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    layout: Layout,
-    scaling: float | None,
-    dropout: float,
-    window: int | None,
-    softcap: float | None,
-) -> Tensor:
-    """(1, heads, N, D) and (1, key heads, N, D) twice -> (1, N, heads, D)."""
-    q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))  # (N, heads, D)
+def attend(layout: Layout, kind: AttentionKind, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """Queries (N, heads, D), keys and values (N, key heads, D) of a packed row -> (N, heads, D)."""
     found = []
     for segments in layout.segments:
         count, width = len(segments.lengths), segments.width
-        end = segments.start + sum(segments.lengths)
-
-        def split(x: Tensor, index: Tensor | None, span: slice, rows: int = count) -> Tensor:
-            x = x[span] if index is None else x.index_select(0, index)
-            return x.reshape(rows, -1, *x.shape[1:]).transpose(1, 2)
-
-        own = slice(segments.start, end)
-        asked = split(q, segments.queries, own)
+        own = slice(segments.start, segments.start + sum(segments.lengths))
         at = segments.queries if segments.keys is None else segments.keys
-        keys, values = split(k, at, own), split(v, at, own)
-        result = _attention(asked, keys, values, segments.mask(window), scaling, dropout, softcap)
-        flat = result.transpose(1, 2).reshape(count * width, *q.shape[1:])
+        asked = _split(query, segments.queries, own, count)
+        keys, values = _split(key, at, own, count), _split(value, at, own, count)
+        result = _attention(asked, keys, values, segments.mask(kind.window), kind)
+        flat = result.transpose(1, 2).reshape(count * width, *query.shape[1:])
         found.append(flat if segments.results is None else flat.index_select(0, segments.results))
-    return (found[0] if len(found) == 1 else torch.cat(found))[None]
+    return found[0] if len(found) == 1 else torch.cat(found)
+
+
+def _split(x: Tensor, index: Tensor | None, own: slice, count: int) -> Tensor:
+    """The segments' part of (N, heads, D), side by side: (S, heads, L, D)."""
+    x = x[own] if index is None else x.index_select(0, index)
+    return x.reshape(count, -1, *x.shape[1:]).transpose(1, 2)
 
 
 def _attention(
@@ -347,26 +188,23 @@ def _attention(
     key: Tensor,
     value: Tensor,
     mask: Tensor | None,
-    scaling: float | None,
-    dropout: float,
-    softcap: float | None,
+    kind: AttentionKind,
 ) -> Tensor:
     """(S, heads, L, D): queries that share a key head are laid one after the other, so that no key is copied."""
-    if softcap is None and mask is None:
+    options: dict[str, Any] = {"dropout_p": kind.dropout, "scale": kind.scaling}
+    if kind.softcap is None and mask is None:
         shared = query.shape[1] != key.shape[1]
-        return F.scaled_dot_product_attention(
-            query, key, value, dropout_p=dropout, is_causal=True, scale=scaling, enable_gqa=shared
-        )
+        return F.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=shared, **options)
     segments, heads, length, size = query.shape
     grouped = query.reshape(segments, key.shape[1], -1, size)
     if mask is None:
         mask = torch.ones(length, key.shape[2], dtype=torch.bool, device=query.device).tril()[None, None]
     mask = mask.repeat(1, 1, heads // key.shape[1], 1)
-    if softcap is None:
-        result = F.scaled_dot_product_attention(grouped, key, value, attn_mask=mask, dropout_p=dropout, scale=scaling)
+    if kind.softcap is None:
+        result = F.scaled_dot_product_attention(grouped, key, value, attn_mask=mask, **options)
     else:
-        scale = size**-0.5 if scaling is None else scaling
-        logits = softcap * torch.tanh(grouped @ key.transpose(-1, -2) * (scale / softcap))
-        weights = logits.masked_fill(~mask, torch.finfo(logits.dtype).min).softmax(-1, dtype=torch.float32)
-        result = F.dropout(weights.to(query.dtype), dropout) @ value
+        logits = kind.softcap * torch.tanh(grouped @ key.transpose(-1, -2) * (kind.scaling / kind.softcap))
+        weights = logits.masked_fill(~mask, torch.finfo(logits.dtype).min)
+        weights = weights.softmax(-1, dtype=torch.promote_types(logits.dtype, torch.float32))
+        result = F.dropout(weights.to(query.dtype), kind.dropout) @ value
     return result.reshape(segments, heads, length, size)

@@ -2,7 +2,7 @@
 
 Two ways that say the same. `PlainDecoder` leaves padding, masks and the growing cache to transformers and so works for
 every architecture. `FastDecoder` runs the prompts packed, without padding, writes keys and values where they stay, and
-hands every layer a mask that is only cut, never made again.
+cuts every layer's mask from one that is made once.
 """
 
 from __future__ import annotations
@@ -12,11 +12,10 @@ from typing import TYPE_CHECKING, Any, Protocol, cast
 
 import torch
 from torch import Tensor
-from transformers import Cache, DynamicCache
-from transformers.cache_utils import CacheLayerMixin
 
 from alignlab.data import left_pad
-from alignlab.forward.packed import OneToken, make_layout, next_states, packed_states, takes_layout
+from alignlab.forward.decoder import AttentionKind, decode, is_known
+from alignlab.forward.packed import attend, make_layout
 from alignlab.models import Model, trunk, unwrap
 from alignlab.types import RowShapes
 
@@ -44,7 +43,7 @@ def start(model: Model, prompts: Sequence[Sequence[int]], rows: Tensor, limit: i
         rows: (R,) the prompt of each row to decode.
         limit: tokens that will be decoded at most.
     """
-    kind = FastDecoder if takes_layout(unwrap(model)) else PlainDecoder
+    kind = FastDecoder if is_known(unwrap(model)) else PlainDecoder
     return kind(model, prompts, rows, limit, pad_id)
 
 
@@ -63,6 +62,8 @@ class PlainDecoder:
     def __init__(self, model: Model, prompts: Sequence[Sequence[int]], rows: Tensor, limit: int, pad_id: int) -> None:
         device = rows.device
         ids, mask, positions = (t.to(device) for t in left_pad(prompts, pad_id))
+        from transformers import DynamicCache
+
         self._trunk, self._cache = trunk(model), DynamicCache(config=unwrap(model).config)
         states = self._forward(ids, mask, positions)
         self._cache.batch_select_indices(rows)
@@ -87,26 +88,27 @@ class PlainDecoder:
 
 
 class FastDecoder:
-    """Through a cache that is allocated once, for models whose attention takes layouts."""
+    """Through a cache that is allocated once, for architectures whose layers `decode` knows."""
 
     def __init__(self, model: Model, prompts: Sequence[Sequence[int]], rows: Tensor, limit: int, pad_id: int) -> None:
-        device, self._inner, self._trunk = rows.device, unwrap(model), trunk(model)
+        device, self._trunk = rows.device, trunk(model)
         ids, mask, _ = left_pad(prompts, pad_id)
         count, width = ids.shape
         lengths = mask.sum(-1)
         layout = make_layout(
             RowShapes(tuple(lengths.tolist()), (0,) * count, tuple(range(count))), int(lengths.max()), device
         )
-        right = torch.cat([row[keep] for row, keep in zip(ids, mask, strict=True)])  # without padding, one by one
         first = lengths.cumsum(0) - lengths
         at = (first[:, None] + (torch.arange(width)[None] - (width - lengths)[:, None])).clamp(min=0)
         at = torch.where(mask, at, 0).to(device)[rows]  # (R, width): where each row's keys lie in the packed row
-        self._windows = _windows(self._inner)
-        self._layers = [_Keys(at[:, _first(width + 1, window) :], limit, window) for window in self._windows]
-        self._cache = Cache(layers=[*self._layers])
-        packed = packed_states(
-            self._trunk, self._inner, right.to(device), layout, past_key_values=self._cache, use_cache=True
-        )
+        self._layers: list[_Keys] = []
+
+        def read(kind: AttentionKind, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+            seen = at[:, _first(width + 1, kind.window) :]
+            self._layers.append(_Keys(key, value, seen, limit))
+            return attend(layout, kind, query, key, value)
+
+        packed = decode(self._trunk, ids[mask].to(device), layout.positions, read)
         self.states = packed[(first + lengths - 1).to(device)[rows]]
         self._length, self._seen = lengths.to(device)[rows], width
         known = mask.to(device)[rows]
@@ -114,11 +116,16 @@ class FastDecoder:
 
     def step(self, tokens: Tensor) -> None:
         self._seen += 1
-        masks: dict[int | None, Tensor | None] = dict.fromkeys(self._windows)
-        if self._mask is not None:
-            masks = {w: self._mask[:, None, None, _first(self._seen, w) : self._seen] for w in masks}
-        layout = OneToken(self._length[:, None], masks)
-        self.states = next_states(self._trunk, self._inner, tokens, layout, past_key_values=self._cache, use_cache=True)
+        masks: dict[int | None, Tensor | None] = {}
+
+        def look_back(kind: AttentionKind, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+            keys, values = self._layers[kind.layer].append(key, value, kind.window)
+            if kind.window not in masks:
+                columns = slice(_first(self._seen, kind.window), self._seen)
+                masks[kind.window] = None if self._mask is None else self._mask[:, None, None, columns]
+            return _attend(kind, query, keys, values, masks[kind.window])
+
+        self.states = decode(self._trunk, tokens, self._length, look_back)
         self._length = self._length + 1
 
     def keep(self, rows: Tensor) -> None:
@@ -128,64 +135,49 @@ class FastDecoder:
         self._mask = None if self._mask is None else self._mask[rows]
 
 
-def _windows(model: PreTrainedModel) -> list[int | None]:
-    """How far back each layer sees; None: to the beginning."""
-    config = model.config.get_text_config()
-    window = getattr(config, "sliding_window", None)
-    if config.model_type == "mistral":
-        return [window] * config.num_hidden_layers
-    kinds = getattr(config, "layer_types", None) or ["full_attention"] * config.num_hidden_layers
-    return [window if kind == "sliding_attention" else None for kind in kinds]
-
-
 def _first(seen: int, window: int | None) -> int:
     """The first of the columns seen so far that is not behind the window."""
     return 0 if window is None else max(0, seen - window)
 
 
-class _Keys(CacheLayerMixin):  # type: ignore[no-untyped-call]
+def _attend(kind: AttentionKind, query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None) -> Tensor:
+    """Queries (R, heads, D), keys and values (R, key heads, K, D), mask (R, 1, 1, K), True = attended, or None for all
+    -> (R, heads, D). Heads that share keys ask together, so that no key is copied."""
+    rows, heads, size = query.shape
+    grouped = query.view(rows, keys.shape[1], -1, size) * kind.scaling
+    logits = grouped @ keys.transpose(-1, -2)
+    if kind.softcap is not None:
+        logits = logits.div_(kind.softcap).tanh_().mul_(kind.softcap)
+    if mask is not None:
+        logits = logits.masked_fill_(~mask, torch.finfo(logits.dtype).min)
+    weights = logits.softmax(-1, dtype=torch.promote_types(logits.dtype, torch.float32))
+    return (weights.to(values.dtype) @ values).view(rows, heads, size)
+
+
+class _Keys:
     """Keys and values of one layer, (R, key heads, width + limit, D): first those of the prompts, taken apart from
     their packed row, then one column a step. What a window has passed is neither kept of prompts nor handed out."""
 
-    is_sliding = False
+    def __init__(self, keys: Tensor, values: Tensor, at: Tensor, limit: int) -> None:
+        """Packed (N, key heads, D), and (R, width) where each row's lie in them."""
+        self._seen = at.shape[1]
+        self._held = []
+        for packed in (keys, values):
+            held = packed.new_empty(len(at), packed.shape[1], self._seen + limit, packed.shape[2])
+            held[:, :, : self._seen] = packed[at].transpose(1, 2)
+            self._held.append(held)
 
-    def __init__(self, at: Tensor, limit: int, window: int | None) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self._at, self._limit, self._window, self._seen = at, limit, window, 0
-
-    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        count, width = self._at.shape
-        for name, given in (("keys", key_states), ("values", value_states)):
-            buffer = given.new_empty(count, given.shape[1], width + self._limit, given.shape[3])
-            # transposed so that a row of the packed keys is one stretch of memory
-            buffer[:, :, :width] = given[0].transpose(0, 1)[self._at].transpose(1, 2)
-            setattr(self, name, buffer)
-        self._seen, self.is_initialized = width, True
-
-    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        if not self.is_initialized:
-            self.lazy_initialization(key_states, value_states)
-            return key_states, value_states
-        assert self.keys is not None and self.values is not None
-        self.keys[:, :, self._seen] = key_states[:, :, 0]
-        self.values[:, :, self._seen] = value_states[:, :, 0]
+    def append(self, keys: Tensor, values: Tensor, window: int | None) -> tuple[Tensor, Tensor]:
+        """(R, key heads, D) of one more token -> (R, key heads, K, D) of all that it sees."""
+        for held, new in zip(self._held, (keys, values), strict=True):
+            held[:, :, self._seen] = new
         self._seen += 1
-        first = _first(self._seen, self._window)
-        return self.keys[:, :, first : self._seen], self.values[:, :, first : self._seen]
+        first = _first(self._seen, window)
+        return self._held[0][:, :, first : self._seen], self._held[1][:, :, first : self._seen]
 
     def keep(self, rows: Tensor) -> None:
         """Drops the other rows, and copies only what is filled."""
-        for name in ("keys", "values"):
-            buffer = getattr(self, name)
-            kept = buffer.new_empty(len(rows), *buffer.shape[1:])
-            kept[:, :, : self._seen] = buffer[rows, :, : self._seen]
-            setattr(self, name, kept)
-
-    def get_seq_length(self) -> int:
-        return self._seen
-
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        return self._seen + query_length, 0
-
-    def get_max_length(self) -> int:
-        return -1
+        for i, held in enumerate(self._held):
+            kept = held.new_empty(len(rows), *held.shape[1:])
+            kept[:, :, : self._seen] = held[rows, :, : self._seen]
+            self._held[i] = kept

@@ -26,7 +26,6 @@ from torch import Tensor
 
 from alignlab.algorithms import numbers_dtype
 from alignlab.forward import score
-from alignlab.forward.packed import attention_of
 from alignlab.models import AdapterOff, Model, unwrap
 from alignlab.pipeline.identity import code_fingerprint
 from alignlab.rollout import Source
@@ -111,7 +110,7 @@ def reference_key(source: Source, reference: Model, rows: Sequence[Row]) -> str:
         "weights": weights_fingerprint(reference),
         "class": type(model).__name__,
         "config": config,
-        "attention": attention_of(model),
+        "attention": model.config._attn_implementation,
         "rows": digest.hexdigest(),
         "pad_id": source.template.pad_id,
         "microbatch_rows": source.limits.microbatch_rows,
