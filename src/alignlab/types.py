@@ -176,6 +176,11 @@ class Batch:
         kept: dict[str, Any] = {k: v[rows][:, :width] if v.dim() > 1 else v[rows] for k, v in self.tensors().items()}
         return replace(self, **kept, shapes=shapes)
 
+    def as_text(self) -> Batch:
+        """The same rows, prompts scored like completions."""
+        shapes = None if self.shapes is None else replace(self.shapes, prompt_lengths=(0,) * len(self))
+        return replace(self, completion_mask=self.attention_mask, shapes=shapes)
+
     def to(self, device: torch.device | str) -> Batch:
         moved: dict[str, Any] = {k: v.to(device) for k, v in self.tensors().items()}
         return replace(self, **moved)

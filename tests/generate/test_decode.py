@@ -95,7 +95,7 @@ def test_which_is_chosen() -> None:
          "pass\n\n    def keep(self, rows: Tensor) -> None:\n        for", "llama"),
         ("if bool(mask.all()) else", "if True else", "llama"),
         ("held[rows, :, : self._seen]", "held[: len(rows), :, : self._seen]", "llama"),
-        ("packed[(first + lengths - 1)", "packed[(first + lengths - 2)", "llama"),
+        ("read, layout.kept)[rows]", "read, layout.kept)[rows.flip(0)]", "llama"),
     ],
 )  # fmt: skip
 def test_mutants_are_noticed(text: str, replacement: str, architecture: str) -> None:

@@ -8,7 +8,6 @@ demonstrations a lower loss.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import Any, ClassVar, Literal
 
 from pydantic import Field
@@ -63,7 +62,7 @@ class SFT(Hyperparameters):
         return Phase((Step(batches, completion_tokens(batches) + self.prompt_weight * prompt_tokens),)), state
 
     def loss(self, models: Models, batch: Batch, state: LoopState) -> LossOutput:
-        scored = replace(batch, completion_mask=batch.attention_mask) if self.prompt_weight else batch
+        scored = batch.as_text() if self.prompt_weight else batch
         nll = -score(models["policy"], scored).logprobs
         total = aggregate(nll, batch.completion_mask)
         if self.prompt_weight:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from alignlab.forward.decoder import decode, is_known
-from alignlab.forward.packed import attend, make_layout
+from alignlab.forward.packed import Wanted, attend, make_layout
 from alignlab.functional.divergence import reverse_kl
 from alignlab.functional.logprobs import token_logprobs, token_logprobs_and_entropy
 from alignlab.models import Model, ScalarModel, active, head, trunk, unwrap
@@ -29,7 +29,7 @@ class States:
     """The trunk's last hidden states of a batch, after its final norm, wherever they were computed."""
 
     flat: Tensor  # (N, H)
-    place: Tensor  # (B, T) index into them; what padding points to means nothing
+    place: Tensor  # (B, T) index into them; out of their range where no state was wanted
 
     def at(self, rows: Tensor, columns: Tensor) -> Tensor:
         """(M, H)"""
@@ -44,14 +44,15 @@ class Scores:
     entropy: Tensor | None = None  # (B, T) nats
 
 
-def trunk_states(model: Model, batch: Batch) -> States:
+def trunk_states(model: Model, batch: Batch, wanted: Wanted = "all") -> States:
     """The trunk's states of a batch: packed into one row where the model can, else padded; see `packed`."""
     inner = unwrap(model)
     if PACK and batch.shapes is not None and is_known(inner):
-        layout = make_layout(batch.shapes, batch.input_ids.shape[1], batch.input_ids.device)
+        layout = make_layout(batch.shapes, batch.input_ids.shape[1], batch.input_ids.device, wanted)
+        ids = batch.input_ids.flatten()[layout.tokens]
         with active(model):
-            ids = batch.input_ids.flatten()[layout.tokens]
-            return States(decode(trunk(model), ids, layout.positions, partial(attend, layout)), layout.place)
+            states = decode(trunk(model), ids, layout.positions, partial(attend, layout), layout.kept)
+        return States(states, layout.state)
     states = padded_states(model, batch)
     place = torch.arange(states.shape[0] * states.shape[1], device=states.device).view(states.shape[:2])
     return States(states.flatten(0, 1), place)
@@ -80,20 +81,20 @@ def positions(attention_mask: Tensor) -> Tensor:
 
 def score(model: Model, batch: Batch, *, temperature: float = 1.0, entropy: bool = False) -> Scores:
     """Logprobs (and entropies) of the completion tokens at the given temperature; (B, T) each, 0 elsewhere."""
-    return _score(model, trunk_states(model, batch), batch, temperature, entropy)
+    return _score(model, trunk_states(model, batch, "actions"), batch, temperature, entropy)
 
 
 def values(value_model: ScalarModel, batch: Batch) -> Tensor:
     """V of the state before each completion token, (B, T), 0 elsewhere."""
-    return _values(value_model, trunk_states(value_model, batch), batch)
+    return _values(value_model, trunk_states(value_model, batch, "actions"), batch)
 
 
 def score_and_values(
     policy: Model, value_model: ScalarModel, batch: Batch, *, temperature: float = 1.0, entropy: bool = False
 ) -> tuple[Scores, Tensor]:
     """Both at once; one pass through the trunk where critic and policy share it."""
-    states = trunk_states(policy, batch)
-    value_states = states if value_model.backbone is policy else trunk_states(value_model, batch)
+    states = trunk_states(policy, batch, "actions")
+    value_states = states if value_model.backbone is policy else trunk_states(value_model, batch, "actions")
     return _score(policy, states, batch, temperature, entropy), _values(value_model, value_states, batch)
 
 
@@ -102,9 +103,9 @@ def score_and_divergence(
 ) -> tuple[Scores, Tensor]:
     """The policy's scores, and KL(policy || teacher) of the next-token distribution before each completion token,
     (B, T), 0 elsewhere; the teacher gets no gradient. Both heads must have the same number of entries."""
-    states = trunk_states(policy, batch)
+    states = trunk_states(policy, batch, "actions")
     with torch.no_grad():
-        teacher_states = trunk_states(teacher, batch)
+        teacher_states = trunk_states(teacher, batch, "actions")
     rows, columns = _scored(batch)
     top, teacher_top = head(policy), head(teacher)
     flat = reverse_kl(
@@ -139,7 +140,7 @@ def prefix_rewards(reward_model: ScalarModel, batch: Batch) -> Tensor:
 def _at_last(model: ScalarModel, batch: Batch) -> Tensor:
     columns = torch.arange(batch.attention_mask.shape[1], device=batch.attention_mask.device)
     last = (batch.attention_mask * columns).argmax(-1)
-    states = trunk_states(model, batch)
+    states = trunk_states(model, batch, "last")
     return cast(Tensor, model(states.at(torch.arange(len(batch), device=last.device), last)))
 
 

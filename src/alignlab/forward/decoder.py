@@ -40,7 +40,7 @@ class AttentionKind:
 
 
 Attend = Callable[[AttentionKind, Tensor, Tensor, Tensor], Tensor]
-"""Queries (N, heads, D), keys and values (N, key heads, D) of all tokens -> (N, heads, D)."""
+"""Queries (N, heads, D), keys and values (N, key heads, D) -> (N, heads, D); in the last layer perhaps M queries."""
 
 
 def is_known(model: PreTrainedModel) -> bool:
@@ -48,8 +48,13 @@ def is_known(model: PreTrainedModel) -> bool:
     return model.config.get_text_config().model_type in KNOWN
 
 
-def decode(decoder: nn.Module, input_ids: Tensor, positions: Tensor, attend: Attend) -> Tensor:
-    """The decoder's hidden states after its final norm, (N, H), of tokens (N,) at positions (N,)."""
+def decode(
+    decoder: nn.Module, input_ids: Tensor, positions: Tensor, attend: Attend, kept: Tensor | None = None
+) -> Tensor:
+    """The decoder's hidden states after its final norm, (N, H), of tokens (N,) at positions (N,).
+
+    With `kept` only those of the M tokens it names, (M, H): in the last layer the others are keys and values, no more.
+    """
     inner: Any = getattr(decoder, "language_model", decoder)
     config = inner.config
     hidden: Tensor = inner.embed_tokens(input_ids)
@@ -58,7 +63,8 @@ def decode(decoder: nn.Module, input_ids: Tensor, positions: Tensor, attend: Att
     tables = {kind: _rotary(inner, hidden, positions, kind if by_kind else None) for kind in dict.fromkeys(kinds)}
     recomputes = decoder.training and torch.is_grad_enabled()
     for index, (layer, kind) in enumerate(zip(inner.layers, kinds, strict=True)):
-        run = partial(_layer, layer, tables[kind], attention_kind(layer.self_attn, index), attend)
+        keeps = kept if index + 1 == len(inner.layers) else None
+        run = partial(_layer, layer, tables[kind], attention_kind(layer.self_attn, index), attend, keeps)
         if recomputes and getattr(layer, "gradient_checkpointing", False):
             hidden = cast(Tensor, checkpoint(run, hidden, use_reentrant=False))
         else:
@@ -89,19 +95,26 @@ def _rotary(inner: Any, hidden: Tensor, positions: Tensor, kind: str | None) -> 
     return cos[0, :, None], sin
 
 
-def _layer(layer: Any, table: tuple[Tensor, Tensor], kind: AttentionKind, attend: Attend, hidden: Tensor) -> Tensor:
-    """One layer (N, H) -> (N, H). Gemma 2 and 3 norm what they add, too."""
+def _layer(
+    layer: Any, table: tuple[Tensor, Tensor], kind: AttentionKind, attend: Attend, kept: Tensor | None, hidden: Tensor
+) -> Tensor:
+    """One layer (N, H) -> (N, H), or (M, H) of what is kept. Gemma 2 and 3 norm what they add, too."""
     norms_both = hasattr(layer, "post_feedforward_layernorm")
     attention = layer.self_attn
     given = norm(layer.input_layernorm, hidden)
-    query, key, value = (
-        linear(projection, given).view(len(hidden), -1, attention.head_dim)
-        for projection in (attention.q_proj, attention.k_proj, attention.v_proj)
+    key, value = (
+        linear(projection, given).view(len(given), -1, attention.head_dim)
+        for projection in (attention.k_proj, attention.v_proj)
     )
+    asking = table
+    if kept is not None:
+        hidden, given = hidden.index_select(0, kept), given.index_select(0, kept)
+        asking = table[0].index_select(0, kept), table[1].index_select(0, kept)
+    query = linear(attention.q_proj, given).view(len(given), -1, attention.head_dim)
     if hasattr(attention, "q_norm"):
         query, key = norm(attention.q_norm, query), norm(attention.k_norm, key)
     if getattr(attention, "use_rope", True):
-        query, key = rotate(query, *table), rotate(key, *table)
+        query, key = rotate(query, *asking), rotate(key, *table)
     found = linear(attention.o_proj, attend(kind, query, key, value).reshape(len(hidden), -1))
     if norms_both:
         hidden = norm(layer.post_attention_layernorm, found, hidden)

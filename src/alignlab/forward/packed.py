@@ -2,15 +2,17 @@
 
 A decoder's linear layers, norms and rotary tables do not care which row a token is of; only attention does. So all
 tokens of a microbatch stand in one row (N,): first the roots (a prompt that several rows share, or a whole row), then
-the leaves (the completions of shared prompts). Attention takes them apart again: a root attends to itself, a leaf to
-its root and itself. Values and gradients are those of padded rows, up to the order of additions; what is saved is
-padding, and a prompt's forward and backward pass for all but one sibling.
+the leaves (the completions of shared prompts). Attention takes them apart again, into stretches of queries with the
+keys that they may see, and handles stretches of about the same size side by side, so that neither the spread of lengths
+nor the half of each square that is masked costs much. Values and gradients are those of padded rows, up to the order of
+additions; what is saved is padding, and a prompt's forward and backward pass for all but one sibling.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -19,192 +21,211 @@ from torch import Tensor
 from alignlab.forward.decoder import AttentionKind
 from alignlab.types import RowShapes
 
+STRETCH = 64
+"""Queries of a stretch at most: shorter ones mask less of their square, and are more to handle."""
+ROUND = 16
+"""Numbers of keys are told apart up to multiples of this."""
+OVERHEAD = 4096
+"""What a further group of stretches costs, in pairs of a query and a key."""
+NOWHERE = 2**40
+"""Index of a state that is not there."""
+
+
+Wanted = Literal["all", "actions", "last"]
+"""Whose states are read: every token's, those that predict a completion token, or each row's last one."""
+
+
+class Stretch(NamedTuple):
+    """Queries first .. last - 1 of a row; they see what stands before them in the row, and themselves."""
+
+    row: int
+    first: int
+    last: int
+
 
 @dataclass(frozen=True, slots=True)
-class Segments:
-    """Stretches of the packed row that attention handles side by side: S of them, of L queries and K keys at most.
+class Group:
+    """S stretches side by side, padded to L queries and K keys. Padded queries repeat their stretch's last one."""
 
-    Padded queries repeat their segment's last one, so that there is always something they attend to.
-    """
+    queries: Tensor  # (S * L,) packed place of each
+    keys: Tensor  # (S * K,) packed place of each
+    allowed: Tensor  # (S, L, K) bool
+    masks: dict[tuple[torch.dtype, int], Tensor] = field(default_factory=dict)
 
-    start: int  # first packed place of the queries
-    lengths: tuple[int, ...]  # queries of each segment; they lie one after the other
-    queries: Tensor | None  # (S * L,) packed place of each query; None: all segments have length L
-    results: Tensor | None  # (sum of lengths,) which of the S * L each query is; None: all of them
-    keys: Tensor | None  # (S * K,) packed place of each key; None: the queries' own
-    query_positions: Tensor  # (S, L)
-    key_positions: Tensor  # (S, K), beyond every query where there is no key
-    masks: dict[int | None, Tensor | None] = field(default_factory=dict)
-
-    @property
-    def width(self) -> int:
-        return max(self.lengths)
-
-    def mask(self, window: int | None) -> Tensor | None:
-        """(S, 1, L, K) bool, True = attended; None where plain causal attention says the same."""
-        if window not in self.masks:
-            if self.keys is None and (window is None or self.width <= window):
-                self.masks[window] = None
-            else:
-                distance = self.query_positions[:, :, None] - self.key_positions[:, None, :]
-                allowed = distance >= 0 if window is None else (distance >= 0) & (distance < window)
-                self.masks[window] = allowed[:, None]
-        return self.masks[window]
+    def mask(self, like: Tensor, shared: int) -> Tensor:
+        """(S, 1, shared * L, K), added to logits: 0 where a query sees a key, else the least number there is."""
+        if (like.dtype, shared) not in self.masks:
+            least = torch.finfo(like.dtype).min
+            mask = torch.zeros(self.allowed.shape, dtype=like.dtype, device=like.device)
+            mask = mask.masked_fill_(~self.allowed, least)
+            self.masks[like.dtype, shared] = mask.repeat(1, shared, 1)[:, None]
+        return self.masks[like.dtype, shared]
 
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """Where every token of a batch (B, T) lies in its packed row (N,)."""
+    """Where every token of a batch (B, T) lies in its packed row (N,), and what each sees there.
+
+    The last layer has only M of them ask, whose states are wanted: the row it gives is (M,). Earlier ones have all.
+    """
 
     tokens: Tensor  # (N,) index of each into the flat (B * T) tokens
     positions: Tensor  # (N,)
-    place: Tensor  # (B, T) index into the packed row; 0 on padding
-    segments: tuple[Segments, ...]
+    kept: Tensor | None  # (M,) places that the last layer keeps; None: all
+    state: Tensor  # (B, T) index into the last layer's row; one that is an error where no state is wanted
+    asking: tuple[tuple[Stretch, ...], tuple[Stretch, ...]]  # in earlier layers, in the last one
+    places: tuple[Tensor, Tensor]  # on the host, (B, T) index into the row of earlier layers and of the last one
+    known: dict[tuple[int | None, bool], tuple[list[Group], Tensor]] = field(default_factory=dict)
+
+    def groups(self, window: int | None, last: bool) -> tuple[list[Group], Tensor]:
+        """What asks, in groups, and (N,) or (M,) where in all their results, one group after the other, each is."""
+        if (window, last) not in self.known:
+            device, found, start = self.tokens.device, [], 0
+            asking, place = self.asking[last], self.places[last]
+            where = torch.zeros(sum(s.last - s.first for s in asking), dtype=torch.long)
+            for members in _grouped(asking, window):
+                group, rows, columns = _group(members, window, place, self.places[0], device)
+                where[place[rows, columns]] = start + torch.arange(rows.numel()).view(rows.shape)
+                found.append(group)
+                start += rows.numel()
+            self.known[window, last] = found, where.to(device, non_blocking=True)
+        return self.known[window, last]
 
 
-BEYOND = 2**40
-"""Position of a key that is not there."""
-
-
-def make_layout(shapes: RowShapes, width: int, device: torch.device) -> Layout:
+def make_layout(shapes: RowShapes, width: int, device: torch.device, wanted: Wanted = "all") -> Layout:
     """Computed on the host from lengths alone, so that no accelerator has to be waited for; `width` is T."""
     members: dict[int, list[int]] = {}
     for row, prompt in enumerate(shapes.prompts):
         members.setdefault(prompt, []).append(row)
-    roots: list[tuple[int, int]] = []  # (row that shows it, its length)
-    leaves: list[tuple[int, int]] = []  # (row, its root)
-    place = torch.zeros(len(shapes.prompts), width, dtype=torch.long)
-    tokens: list[Tensor] = []
-    total = 0
-
-    def placed(row: int, first: int, last: int) -> Tensor:
-        nonlocal total
-        places = torch.arange(total, total + last - first)
-        place[row, first:last] = places
-        tokens.append(row * width + torch.arange(first, last))
-        total += last - first
-        return places
-
+    spans: list[Stretch] = []  # in packed order: roots, then leaves
+    leaves: list[Stretch] = []
+    siblings: dict[int, list[int]] = {}  # of the row that shows their prompt
     for rows in members.values():
         prompt = shapes.prompt_lengths[rows[0]]
         if len(rows) == 1 or prompt == 0:
-            for row in rows:
-                roots.append((row, shapes.lengths[row]))
-                placed(row, 0, shapes.lengths[row])
-            continue
-        leaves += [(row, len(roots)) for row in rows if shapes.lengths[row] > prompt]
-        roots.append((rows[0], prompt))
-        place[rows, :prompt] = placed(rows[0], 0, prompt)
-    segments = [_roots([length for _, length in roots], device)]
-    if leaves:
-        start = total
-        for row, _ in leaves:
-            placed(row, shapes.prompt_lengths[row], shapes.lengths[row])
-        segments.append(_leaves(shapes, leaves, place, start, device))
+            spans += [Stretch(row, 0, shapes.lengths[row]) for row in rows]
+        else:
+            spans.append(Stretch(rows[0], 0, prompt))
+            leaves += [Stretch(row, prompt, shapes.lengths[row]) for row in rows]
+            siblings[rows[0]] = rows
+    spans += leaves
+
+    def laid(spans: Sequence[Stretch]) -> Tensor:
+        """(B, T): the spans one after the other, and an index that no row has where there is none."""
+        place, total = torch.full((len(shapes.prompts), width), NOWHERE), 0
+        for row, first, last in spans:
+            rows = siblings.get(row, [row]) if first < shapes.prompt_lengths[row] else [row]
+            place[rows, first:last] = torch.arange(total, total + last - first)
+            total += last - first
+        return place
+
+    place = laid(spans)
+    flat = torch.cat([s.row * width + torch.arange(s.first, s.last) for s in spans])
+    wants = [s for s in (_wanted(s, shapes, siblings, wanted) for s in spans) if s.last > s.first]
+    all_kept = wants == spans
+    state = place if all_kept else laid(wants)
+    kept = None if all_kept else torch.cat([place[s.row, s.first : s.last] for s in wants])
     return Layout(
-        tokens=(flat := torch.cat(tokens)).to(device, non_blocking=True),
+        tokens=flat.to(device, non_blocking=True),
         positions=(flat % width).to(device, non_blocking=True),
-        place=place.to(device, non_blocking=True),
-        segments=tuple(segments),
+        kept=None if kept is None else kept.to(device, non_blocking=True),
+        state=state.to(device, non_blocking=True),
+        asking=(_cut(spans), _cut(wants)),
+        places=(place, state),
     )
 
 
-def _padded(lengths: list[int], start: int) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """(S, L) which query of its segment each is, the last one repeated; packed places, results (None: all alike)."""
-    width, count = max(lengths), torch.tensor(lengths)
-    number = torch.minimum(torch.arange(width)[None], count[:, None] - 1)
-    if min(lengths) == width:
-        return number, None, None
-    first = start + count.cumsum(0) - count
-    real = torch.arange(width)[None] < count[:, None]
-    return number, (first[:, None] + number).flatten(), real.flatten().nonzero()[:, 0]
+def _wanted(span: Stretch, shapes: RowShapes, siblings: dict[int, list[int]], wanted: Wanted) -> Stretch:
+    """The part of a span whose states are read."""
+    row, first, last = span
+    prompt = shapes.prompt_lengths[row]
+    shared = row in siblings and first < prompt
+    if wanted == "all":
+        return span
+    if wanted == "actions":
+        return Stretch(row, max(first, prompt - 1), last if shared else max(first, prompt - 1, last - 1))
+    ends = shared and any(shapes.lengths[sibling] == prompt for sibling in siblings[row])
+    return Stretch(row, max(first, last - 1) if ends or not shared else last, last)
 
 
-def _roots(lengths: list[int], device: torch.device) -> Segments:
-    number, queries, results = _padded(lengths, 0)
-    real = torch.arange(number.shape[1])[None] < torch.tensor(lengths)[:, None]
-    return Segments(
-        start=0,
-        lengths=tuple(lengths),
-        queries=_on(queries, device),
-        results=_on(results, device),
-        keys=None,
-        query_positions=number.to(device),
-        key_positions=torch.where(real, number, BEYOND).to(device),
+def _cut(spans: Sequence[Stretch]) -> tuple[Stretch, ...]:
+    return tuple(
+        Stretch(row, at, min(at + STRETCH, last)) for row, first, last in spans for at in range(first, last, STRETCH)
     )
 
 
-def _leaves(
-    shapes: RowShapes, leaves: list[tuple[int, int]], place: Tensor, start: int, device: torch.device
-) -> Segments:
-    """Completions; their keys are those of the root, then their own, each padded to the longest."""
-    prompts = torch.tensor([shapes.prompt_lengths[row] for row, _ in leaves])
-    lengths = [shapes.lengths[row] - shapes.prompt_lengths[row] for row, _ in leaves]
-    number, queries, results = _padded(lengths, start)
-    rows = torch.tensor([row for row, _ in leaves])
-    before, own = torch.arange(int(prompts.max()))[None], torch.arange(max(lengths))[None]
-    in_prompt, in_completion = before < prompts[:, None], own < torch.tensor(lengths)[:, None]
-    columns = torch.cat([before.expand(len(rows), -1), (prompts[:, None] + own)], 1)
-    real = torch.cat([in_prompt, in_completion], 1)
-    keys = place[rows[:, None], torch.where(real, columns, 0)]
-    return Segments(
-        start=start,
-        lengths=tuple(lengths),
-        queries=_on(queries, device),
-        results=_on(results, device),
-        keys=keys.flatten().to(device),
-        query_positions=(prompts[:, None] + number).to(device),
-        key_positions=torch.where(real, columns, BEYOND).to(device),
+def _first_key(stretch: Stretch, window: int | None) -> int:
+    return 0 if window is None else max(0, stretch.first + 1 - window)
+
+
+def _grouped(stretches: Sequence[Stretch], window: int | None) -> list[list[Stretch]]:
+    """Stretches of about as many keys together: the cheapest cuts through their order by size, groups costing their
+    padded area and an overhead each."""
+    bins: dict[int, list[Stretch]] = {}
+    for stretch in stretches:
+        bins.setdefault(-(-(stretch.last - _first_key(stretch, window)) // ROUND), []).append(stretch)
+    sizes = sorted(bins)
+    best: list[tuple[int, int]] = [(0, 0)]  # of the first n sizes: what they cost, and where their last group begins
+    for end in range(1, len(sizes) + 1):
+        options = []
+        count = width = 0
+        for begin in range(end - 1, -1, -1):
+            count += len(bins[sizes[begin]])
+            width = max(width, max(s.last - s.first for s in bins[sizes[begin]]))
+            options.append((best[begin][0] + count * width * sizes[end - 1] * ROUND + OVERHEAD, begin))
+        best.append(min(options))
+    groups, end = [], len(sizes)
+    while end:
+        begin = best[end][1]
+        groups.append([s for size in sizes[begin:end] for s in bins[size]])
+        end = begin
+    return groups
+
+
+def _group(
+    stretches: Sequence[Stretch], window: int | None, place: Tensor, key_place: Tensor, device: torch.device
+) -> tuple[Group, Tensor, Tensor]:
+    """The group, and its queries' (S, L) rows and columns."""
+    rows, first, last = (torch.tensor(numbers)[:, None] for numbers in zip(*stretches, strict=True))
+    begin = torch.tensor([_first_key(s, window) for s in stretches])[:, None]
+    columns = torch.minimum(first + torch.arange(int((last - first).max())), last - 1)  # (S, L)
+    keys = begin + torch.arange(int((last - begin).max()))  # (S, K)
+    distance = columns[:, :, None] - keys[:, None, :]  # below 0 for keys that are not real, too
+    allowed = distance >= 0 if window is None else (distance >= 0) & (distance < window)
+    rows = rows.expand(columns.shape)
+    group = Group(
+        queries=place[rows, columns].flatten().to(device, non_blocking=True),
+        keys=key_place[rows[:, :1], torch.where(keys < last, keys, 0)].flatten().to(device, non_blocking=True),
+        allowed=allowed.to(device, non_blocking=True),
     )
-
-
-def _on(tensor: Tensor | None, device: torch.device) -> Tensor | None:
-    return None if tensor is None else tensor.to(device, non_blocking=True)
+    return group, rows, columns
 
 
 def attend(layout: Layout, kind: AttentionKind, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """Queries (N, heads, D), keys and values (N, key heads, D) of a packed row -> (N, heads, D)."""
+    """Queries (N or M, heads, D), keys and values (N, key heads, D) of a packed row -> (N or M, heads, D)."""
+    groups, where = layout.groups(kind.window, len(query) < len(key))
     found = []
-    for segments in layout.segments:
-        count, width = len(segments.lengths), segments.width
-        own = slice(segments.start, segments.start + sum(segments.lengths))
-        at = segments.queries if segments.keys is None else segments.keys
-        asked = _split(query, segments.queries, own, count)
-        keys, values = _split(key, at, own, count), _split(value, at, own, count)
-        result = _attention(asked, keys, values, segments.mask(kind.window), kind)
-        flat = result.transpose(1, 2).reshape(count * width, *query.shape[1:])
-        found.append(flat if segments.results is None else flat.index_select(0, segments.results))
-    return found[0] if len(found) == 1 else torch.cat(found)
+    for group in groups:
+        count = len(group.allowed)
+        asked, keys, values = (
+            x.index_select(0, index).view(count, -1, *x.shape[1:]).transpose(1, 2)
+            for x, index in ((query, group.queries), (key, group.keys), (value, group.keys))
+        )
+        found.append(_attention(asked, keys, values, group, kind).transpose(1, 2).flatten(0, 1))
+    return (found[0] if len(found) == 1 else torch.cat(found)).index_select(0, where)
 
 
-def _split(x: Tensor, index: Tensor | None, own: slice, count: int) -> Tensor:
-    """The segments' part of (N, heads, D), side by side: (S, heads, L, D)."""
-    x = x[own] if index is None else x.index_select(0, index)
-    return x.reshape(count, -1, *x.shape[1:]).transpose(1, 2)
-
-
-def _attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    mask: Tensor | None,
-    kind: AttentionKind,
-) -> Tensor:
+def _attention(query: Tensor, key: Tensor, value: Tensor, group: Group, kind: AttentionKind) -> Tensor:
     """(S, heads, L, D): queries that share a key head are laid one after the other, so that no key is copied."""
-    options: dict[str, Any] = {"dropout_p": kind.dropout, "scale": kind.scaling}
-    if kind.softcap is None and mask is None:
-        shared = query.shape[1] != key.shape[1]
-        return F.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=shared, **options)
     segments, heads, length, size = query.shape
     grouped = query.reshape(segments, key.shape[1], -1, size)
-    if mask is None:
-        mask = torch.ones(length, key.shape[2], dtype=torch.bool, device=query.device).tril()[None, None]
-    mask = mask.repeat(1, 1, heads // key.shape[1], 1)
+    mask = group.mask(query, heads // key.shape[1])
     if kind.softcap is None:
-        result = F.scaled_dot_product_attention(grouped, key, value, attn_mask=mask, **options)
+        result = F.scaled_dot_product_attention(
+            grouped, key, value, attn_mask=mask, dropout_p=kind.dropout, scale=kind.scaling
+        )
     else:
         logits = kind.softcap * torch.tanh(grouped @ key.transpose(-1, -2) * (kind.scaling / kind.softcap))
-        weights = logits.masked_fill(~mask, torch.finfo(logits.dtype).min)
-        weights = weights.softmax(-1, dtype=torch.promote_types(logits.dtype, torch.float32))
+        weights = (logits + mask).softmax(-1, dtype=torch.promote_types(logits.dtype, torch.float32))
         result = F.dropout(weights.to(query.dtype), kind.dropout) @ value
     return result.reshape(segments, heads, length, size)

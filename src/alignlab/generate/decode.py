@@ -96,7 +96,7 @@ class FastDecoder:
         count, width = ids.shape
         lengths = mask.sum(-1)
         layout = make_layout(
-            RowShapes(tuple(lengths.tolist()), (0,) * count, tuple(range(count))), int(lengths.max()), device
+            RowShapes(tuple(lengths.tolist()), (0,) * count, tuple(range(count))), int(lengths.max()), device, "last"
         )
         first = lengths.cumsum(0) - lengths
         at = (first[:, None] + (torch.arange(width)[None] - (width - lengths)[:, None])).clamp(min=0)
@@ -108,8 +108,7 @@ class FastDecoder:
             self._layers.append(_Keys(key, value, seen, limit))
             return attend(layout, kind, query, key, value)
 
-        packed = decode(self._trunk, ids[mask].to(device), layout.positions, read)
-        self.states = packed[(first + lengths - 1).to(device)[rows]]
+        self.states = decode(self._trunk, ids[mask].to(device), layout.positions, read, layout.kept)[rows]
         self._length, self._seen = lengths.to(device)[rows], width
         known = mask.to(device)[rows]
         self._mask = None if bool(mask.all()) else torch.cat([known, known.new_ones(len(rows), limit)], 1)
