@@ -32,6 +32,8 @@ FORMAT = 1
 MANIFEST = "manifest.json"
 MASTER = "master"
 """Beside AdamW's own tensors of a parameter: its float32 copy, where it is in half precision."""
+IMPLEMENTATION = ("foreach", "fused")
+"""Options of AdamW that say how it computes on this machine, not what."""
 
 
 @dataclass(frozen=True)
@@ -69,7 +71,7 @@ def save_checkpoint(
         for name, model in models.items():
             _save_role(name, model, models, partial)
         for name, optimizer in optimizers.items():
-            _save_optimizer(optimizer, _masters(optimizer, models), partial / f"optimizer.{name}")
+            _save_optimizer(optimizer, partial / f"optimizer.{name}")
         _save_rng(partial)
         _write_json(partial / "state.json", {"format": FORMAT, "state": asdict(state), "contract": dict(contract)})
         seal(partial)
@@ -173,7 +175,7 @@ def load_checkpoint(
     for name, model in models.items():
         _load_role(name, model, models, folder)
     for name, optimizer in optimizers.items():
-        _load_optimizer(optimizer, _masters(optimizer, models), folder / f"optimizer.{name}")
+        _load_optimizer(optimizer, folder / f"optimizer.{name}")
     _load_rng(folder)
     return LoopState(**saved["state"])
 
@@ -205,19 +207,27 @@ def _tensor_bytes(models: Mapping[str, nn.Module], optimizers: Mapping[str, torc
     """Size of a checkpoint but for its small files (an upper bound: of a model with an adapter, all weights count)."""
     tensors = {id(t): t for model in models.values() for t in model.state_dict(keep_vars=True).values()}
     tensors |= {id(t): t for o in optimizers.values() for state in o.state.values() for t in state.values()}
-    tensors |= {id(p): p for o in optimizers.values() for p in _masters(o, models).values()}
+    tensors |= {id(p): p for o in optimizers.values() for p in _masters(o).values()}
     return sum(t.numel() * t.element_size() for t in tensors.values())
 
 
-def _masters(optimizer: torch.optim.Optimizer, models: Mapping[str, nn.Module]) -> dict[str, nn.Parameter]:
-    """What an optimiser steps and no model holds, the float32 copies of weights in half precision, by name."""
-    held = {id(p) for model in models.values() for p in model.parameters()}
+def _copies(optimizer: torch.optim.Optimizer) -> list[tuple[nn.Parameter, nn.Parameter]]:
+    """(what an optimiser steps, the model's parameter) wherever these are two."""
+    return cast(list[tuple[nn.Parameter, nn.Parameter]], getattr(optimizer, "masters", []))
+
+
+def _masters(optimizer: torch.optim.Optimizer) -> dict[str, nn.Parameter]:
+    """What an optimiser steps and no model holds, the float32 copies of weights in half precision, by name.
+
+    A copy in the weight's own type is that weight, on another device maybe, and is made from it again.
+    """
+    finer = {id(copy) for copy, parameter in _copies(optimizer) if copy.dtype != parameter.dtype}
     parameters = enumerate(p for group in optimizer.param_groups for p in group["params"])
-    return {f"{index}.{MASTER}": p for index, p in parameters if id(p) not in held}
+    return {f"{index}.{MASTER}": p for index, p in parameters if id(p) in finer}
 
 
-def _save_optimizer(optimizer: torch.optim.Optimizer, masters: Mapping[str, nn.Parameter], stem: Path) -> None:
-    tensors: dict[str, Tensor] = {name: master.detach().cpu() for name, master in masters.items()}
+def _save_optimizer(optimizer: torch.optim.Optimizer, stem: Path) -> None:
+    tensors: dict[str, Tensor] = {name: master.detach().cpu() for name, master in _masters(optimizer).items()}
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     for index, parameter in enumerate(parameters):
         for key, value in optimizer.state.get(parameter, {}).items():
@@ -227,11 +237,14 @@ def _save_optimizer(optimizer: torch.optim.Optimizer, masters: Mapping[str, nn.P
     _write_json(Path(f"{stem}.json"), {"param_groups": groups})
 
 
-def _load_optimizer(optimizer: torch.optim.Optimizer, masters: Mapping[str, nn.Parameter], stem: Path) -> None:
-    tensors = load_file(f"{stem}.safetensors")
+def _load_optimizer(optimizer: torch.optim.Optimizer, stem: Path) -> None:
+    """Of an optimiser whose models have been loaded."""
+    tensors, masters = load_file(f"{stem}.safetensors"), _masters(optimizer)
     if not masters.keys() <= tensors.keys():
         raise UserError(f"{stem}.safetensors: saved by a version without float32 copies of weights; start again")
     with torch.no_grad():
+        for copy, parameter in _copies(optimizer):
+            copy.copy_(parameter)
         for name, master in masters.items():
             master.copy_(tensors.pop(name))
     state: dict[int, dict[str, Tensor]] = {}
@@ -241,7 +254,8 @@ def _load_optimizer(optimizer: torch.optim.Optimizer, masters: Mapping[str, nn.P
     own = optimizer.state_dict()
     groups = json.loads(Path(f"{stem}.json").read_text("utf-8"))["param_groups"]
     merged = [
-        {**old, **new, "betas": tuple(new["betas"])} for old, new in zip(own["param_groups"], groups, strict=True)
+        {**old, **{k: v for k, v in new.items() if k not in IMPLEMENTATION}, "betas": tuple(new["betas"])}
+        for old, new in zip(own["param_groups"], groups, strict=True)
     ]
     optimizer.load_state_dict({"state": state, "param_groups": merged})
 

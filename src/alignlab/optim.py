@@ -1,6 +1,7 @@
 """Optimisers and schedules: roles and their models -> AdamW, a learning rate for every phase, clipped steps.
 
 Parameters in half precision are stepped as float32 copies, their gradients added up in float32 (arXiv:1710.03740).
+Copies, gradients and moments may live on another device than the model (arXiv:2101.06840).
 """
 
 from __future__ import annotations
@@ -65,17 +66,27 @@ class MasterAdamW(torch.optim.AdamW):
     An update smaller than the rounding of a half-precision weight (1/256 of it in bfloat16) would be lost each time; in
     the master such updates add up. What a backward pass leaves in the parameter's gradient goes to the master's, in
     float32, and is dropped there and then. `param_groups` and `state` are those of the masters.
+
+    Args:
+        device: where masters, their gradients and moments live and steps are taken; every parameter then has a master,
+            in its own type if that is not half precision. None: where the parameters are.
     """
 
-    def __init__(self, groups: Iterable[Mapping[str, Any]], **options: Any) -> None:
+    def __init__(
+        self, groups: Iterable[Mapping[str, Any]], *, device: torch.device | None = None, **options: Any
+    ) -> None:
         self.masters: list[tuple[nn.Parameter, nn.Parameter]] = []
         """(master, the model's parameter) pairs."""
-        super().__init__([{**g, "params": [self._stepped(p) for p in g["params"]]} for g in groups], **options)
+        stepped = [{**g, "params": [self._stepped(p, device) for p in g["params"]]} for g in groups]
+        # One pass over memory instead of ten, where it is the CPU that steps an accelerator's weights. Its rounding is
+        # not the plain loop's, which stays wherever nothing has to move.
+        moves = any(p.is_cuda and not master.is_cuda for master, p in self.masters)
+        super().__init__(stepped, **options, **({"fused": True} if moves else {}))
 
-    def _stepped(self, parameter: nn.Parameter) -> nn.Parameter:
-        if parameter.dtype not in HALF:
+    def _stepped(self, parameter: nn.Parameter, device: torch.device | None) -> nn.Parameter:
+        if parameter.dtype not in HALF and device is None:
             return parameter
-        master = nn.Parameter(parameter.detach().float())
+        master = nn.Parameter(_copied(parameter.detach(), device or parameter.device))
         parameter.register_post_accumulate_grad_hook(partial(_hand_over, master))  # type: ignore[no-untyped-call]
         self.masters.append((master, parameter))
         return master
@@ -88,18 +99,36 @@ class MasterAdamW(torch.optim.AdamW):
         return result
 
 
+def _copied(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """On the device, in float32 if it is in half precision; in pinned memory, which moves fastest, if it comes from an
+    accelerator."""
+    dtype = torch.promote_types(tensor.dtype, torch.float32)
+    pinned = tensor.is_cuda and device.type == "cpu"
+    return torch.empty_like(tensor, dtype=dtype, device=device, pin_memory=pinned).copy_(tensor)
+
+
 def _hand_over(master: nn.Parameter, parameter: torch.Tensor) -> None:
     """After each backward pass: the gradient moves to the master."""
     gradient = parameter.grad
-    assert gradient is not None, "a parameter in half precision has two optimisers"
-    master.grad = gradient.float() if master.grad is None else master.grad.add_(gradient)
+    assert gradient is not None, "a parameter with a master has two optimisers"
+    if gradient.dtype != master.dtype or gradient.device != master.device:
+        gradient = _copied(gradient, master.device)
+    master.grad = gradient if master.grad is None else master.grad.add_(gradient)
     parameter.grad = None
 
 
 def build_optimizers(
-    roles: Mapping[str, Role], models: Mapping[str, nn.Module], choice: AdamWChoice
+    roles: Mapping[str, Role],
+    models: Mapping[str, nn.Module],
+    choice: AdamWChoice,
+    *,
+    device: torch.device | None = None,
 ) -> dict[str, MasterAdamW]:
-    """One AdamW for every trained role; a parameter that two roles share belongs to the first."""
+    """One AdamW for every trained role; a parameter that two roles share belongs to the first.
+
+    Args:
+        device: where the optimisers keep what is theirs; None: with the models.
+    """
     optimizers: dict[str, MasterAdamW] = {}
     owned: set[int] = set()
     for name, role in roles.items():
@@ -116,6 +145,7 @@ def build_optimizers(
             lr=role.learning_rate,
             betas=(choice.beta1, choice.beta2),
             eps=choice.eps,
+            device=device,
         )
     return optimizers
 

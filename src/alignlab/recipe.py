@@ -201,6 +201,9 @@ class TrainSection(Section):
     gradient_checkpointing: bool = False
     """Computes the activations of trained models anew in the backward pass: less memory, a third slower, the same
     gradients (arXiv:1604.06174)."""
+    offload_optimizer: bool = False
+    """Keeps AdamW's moments, the gradients and float32 copies of trained weights in the CPU's memory, and steps there:
+    an accelerator then holds the weights alone (arXiv:2101.06840). On the CPU the same bits, and a copy too many."""
     save_every: int = Field(20, ge=1)
     """Phases between checkpoints; one is always taken at the end."""
     keep_checkpoints: int = Field(2, ge=1)

@@ -38,6 +38,7 @@ def models_section(facts: Facts, earlier: Mapping[str, Stage]) -> Section:
     settings = [f"dtype {dtype if stage.model.dtype == 'auto' else stage.model.dtype}"]
     settings += ["a loss scale that follows overflows"] if stage.model.dtype == "float16" else []
     settings += ["activations computed anew in the backward pass"] if stage.train.gradient_checkpointing else []
+    settings += ["AdamW's state and steps in the CPU's memory"] if stage.train.offload_optimizer else []
     return Section(
         title="Models",
         lines=lines(

@@ -21,6 +21,8 @@ DONE = "stage.json"
 """Written last: a folder with it is a finished stage."""
 KNOWN_BY_CONTENT = ("model.name", "data.path", "data.validation_path")
 """Settings that are paths: what they lead to is hashed, where it lies does not matter."""
+ONLY_WHERE = ("train.offload_optimizer",)
+"""Settings that say where something is done: a resumed run may have others."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -127,6 +129,7 @@ def stage_key(
         "data": data_fingerprint(stage),
     }
     full = {**parts, "code": code_fingerprint()}
+    parts = {k: v for k, v in parts.items() if k not in ONLY_WHERE}
     return hashlib.sha256(json.dumps(full, sort_keys=True).encode()).hexdigest(), parts
 
 

@@ -53,7 +53,7 @@ from alignlab.models import (
     save_model,
     unwrap,
 )
-from alignlab.optim import AdamWChoice, Schedule, build_optimizers
+from alignlab.optim import AdamWChoice, MasterAdamW, Schedule, build_optimizers
 from alignlab.pipeline.best import METRICS, best_phase, considered, keep_best, prune_best, restore_best
 from alignlab.pipeline.identity import DONE, StageResult, Teacher, code_fingerprint, makes
 from alignlab.pipeline.items import (
@@ -140,7 +140,7 @@ class StageRun:
     def go(self, resume: bool) -> StageResult:
         stage, started = self.stage, time.time()
         models = self._models()
-        optimizers = build_optimizers(self.roles, models, AdamWChoice(**stage.train.adamw.model_dump()))
+        optimizers = self._optimizers(models)
         trained = trained_modules(models, self.roles)
         checkpoints = self.folder / "checkpoints"
         state = LoopState(seed=self.seed)
@@ -322,6 +322,11 @@ class StageRun:
                 if role.trained and self.stage.train.gradient_checkpointing:
                     recompute_activations(models[name])
         return models
+
+    def _optimizers(self, models: Mapping[str, Any]) -> dict[str, MasterAdamW]:
+        settings = self.stage.train
+        device = torch.device("cpu") if settings.offload_optimizer else None
+        return build_optimizers(self.roles, models, AdamWChoice(**settings.adamw.model_dump()), device=device)
 
     def _reward_model_for_ids(self) -> ScalarModel:
         """The frozen reward model, once it is sure that it reads the ids that the policy writes."""
