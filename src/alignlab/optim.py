@@ -81,7 +81,7 @@ class MasterAdamW(torch.optim.AdamW):
         # One pass over memory instead of ten, where it is the CPU that steps an accelerator's weights. Its rounding is
         # not the plain loop's, which stays wherever nothing has to move.
         moves = any(p.is_cuda and not master.is_cuda for master, p in self.masters)
-        super().__init__(stepped, **options, **({"fused": True} if moves else {}))
+        super().__init__(stepped, **{**options, "fused": True} if moves else options)
 
     def _stepped(self, parameter: nn.Parameter, device: torch.device | None) -> nn.Parameter:
         if parameter.dtype not in HALF and device is None:

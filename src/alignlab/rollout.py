@@ -23,6 +23,7 @@ from alignlab.errors import UserError
 from alignlab.generate import CACHE_MB, Sampling, SamplingKey, generate
 from alignlab.models import Model
 from alignlab.rewards import RewardFunction
+from alignlab.timing import span
 from alignlab.types import Batch, Completion, Example, Group, Labelled, LoopState, Pair, Prompt, Rollout, Row
 
 T = TypeVar("T")
@@ -54,6 +55,7 @@ class Judged(NamedTuple):
     """Weighted sum, token by token, of the components that score tokens; None if none does."""
 
 
+@span("rewards")
 def combine(
     rewards: Sequence[Reward], prompts: Sequence[Prompt], completions: Sequence[Completion], *, any_judged: bool = True
 ) -> list[Judged]:
@@ -344,6 +346,7 @@ class Source:
         return tuple(batch.select(torch.cat([chosen[index], rejected[index]])) for index in plan)
 
 
+@span("sampling")
 def sample_prompts(
     policy: Model,
     prompts: Sequence[Prompt],

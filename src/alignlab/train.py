@@ -23,8 +23,20 @@ from alignlab.algorithms import IDENTITY_TOLERANCE, Algorithm, Models, completio
 from alignlab.diagnosis import DiagnosisLimits, diagnose
 from alignlab.optim import FIRST_SCALER, LEAST_SCALE, Schedule, clipped_step, next_scaler, unscale
 from alignlab.rollout import Source
+from alignlab.timing import COLLECT, by_part, clock, span
 from alignlab.tracking import Tracker
 from alignlab.types import Directive, LoopState, LossOutput, Phase, Role, Step
+
+TIMED = {
+    "sampling": "time/sampling",
+    "rewards": "time/rewards",
+    "reference": "time/reference",
+    "scoring": "time/scoring",
+    "loss": "time/loss",
+    "backward": "time/backward",
+    "optimiser": "time/optimiser",
+}
+"""Span -> the metric under which its seconds are logged, where there are any."""
 
 
 class RunError(RuntimeError):
@@ -33,7 +45,7 @@ class RunError(RuntimeError):
 
 @dataclass(frozen=True, slots=True)
 class Finished:
-    """A finished phase: the state after it, and its last step's metrics."""
+    """A finished phase: the state after it, and its last step's metrics; seconds are those of the whole phase."""
 
     state: LoopState
     metrics: Mapping[str, float]
@@ -67,25 +79,31 @@ def train(
     if dtype == torch.float16 and not state.scaler:
         state = replace(state, scaler=FIRST_SCALER)
     while state.phase < num_phases and not state.stop_reason:
-        started = time.perf_counter()
+        started, watch = time.perf_counter(), clock()
+        at_start = watch.read()
         seed_everything(phase_seed(state))
-        phase, state = algorithm.collect(models, source, state)
-        collected = time.perf_counter()
+        with span(COLLECT):
+            phase, state = algorithm.collect(models, source, state)
+        collected = {"time/collect": time.perf_counter() - started, **_timed(watch.since(at_start))}
+        spent = dict(collected)
         factor = schedule.factor(state.phase, num_phases)
         metrics: dict[str, float] = {}
         for index, step in enumerate(phase.steps):
-            began = time.perf_counter()
+            began, at_step = time.perf_counter(), watch.read()
             outputs = _backward(algorithm, models, step, state)
             metrics = _averaged(outputs, step)
             if index == 0:
                 _check_identities(outputs, IDENTITY_TOLERANCE[dtype], state)
-                metrics |= {**phase.metrics, "time/collect": collected - started}
+                metrics |= {**phase.metrics, **collected}
                 state = _counted(state, _consumed(phase))
             _require_finite("loss", metrics["loss/total"], state)
-            state, stepped = _step_roles(roles, optimizers, state, factor)
+            with span("optimiser"):
+                state, stepped = _step_roles(roles, optimizers, state, factor)
             metrics |= stepped
             state = _counted(replace(state, step=state.step + 1), _trained(step))
-            metrics["time/step"] = time.perf_counter() - began
+            of_step = {"time/step": time.perf_counter() - began, **_timed(watch.since(at_step))}
+            spent = {name: spent.get(name, 0.0) + of_step.get(name, 0.0) for name in spent | of_step}
+            metrics |= of_step
             state, directive = algorithm.observe(state, metrics)
             state = _obeyed(state, directive)
             why = {"ended": directive.reason} if directive.action != "continue" else {}
@@ -94,15 +112,17 @@ def train(
                 break
         if not phase.steps:  # nothing to learn from, e.g. every group agreed: what it cost still counts
             state = _counted(state, _consumed(phase))
-            metrics = {**phase.metrics, "time/collect": collected - started}
+            metrics = {**phase.metrics, **collected}
             state = record(tracker, limits, state, metrics)
-        tracker.completions(_shown(phase, state.phase, log_completions))
+        with span("logging"):
+            tracker.completions(_shown(phase, state.phase, log_completions))
         state = replace(state, phase=state.phase + 1)
-        metrics |= phase.metrics
+        metrics |= {**phase.metrics, **spent}
         tracker.advance(state.phase, metrics, time.perf_counter() - started)
         state = (yield Finished(state, metrics)) or state
 
 
+@span("logging")
 def record(
     tracker: Tracker, limits: DiagnosisLimits | None, state: LoopState, row: Mapping[str, Any], *, ends: bool = True
 ) -> LoopState:
@@ -118,6 +138,11 @@ def record(
         tracker.say(f"{tracker.title}, phase {row['phase']}: {line}")
     stop = state.stop_reason or (seen.stop_reason if ends else "")
     return replace(state, diagnosis=seen.memory, stop_reason=stop)
+
+
+def _timed(seconds: Mapping[tuple[str, ...], float]) -> dict[str, float]:
+    parts = by_part(seconds)
+    return {metric: parts[name] for name, metric in TIMED.items() if name in parts}
 
 
 def phase_seed(state: LoopState) -> int:
@@ -138,9 +163,11 @@ def _backward(algorithm: Algorithm, models: Models, step: Step, state: LoopState
         raise RunError(f"phase {state.phase}, step {state.step}: nothing to train on in this step (normaliser 0)")
     outputs = []
     for batch in step.microbatches:
-        output = algorithm.loss(models, batch, state)
-        loss = output.total / step.normaliser
-        (loss * state.scaler["scale"] if state.scaler else loss).backward()  # type: ignore[no-untyped-call]
+        with span("loss"):
+            output = algorithm.loss(models, batch, state)
+            loss = output.total / step.normaliser
+        with span("backward"):
+            (loss * state.scaler["scale"] if state.scaler else loss).backward()  # type: ignore[no-untyped-call]
         outputs.append(replace(output, total=output.total.detach()))
     return outputs
 

@@ -23,6 +23,7 @@ from alignlab.forward import score
 from alignlab.functional.kl import above_threshold, kl_estimate
 from alignlab.functional.masked import keep
 from alignlab.rollout import Source, reward_tensor, stopped_tensor
+from alignlab.timing import span
 from alignlab.types import Batch, Directive, Group, LoopState
 
 NORMALISER_EPS = 1e-4
@@ -241,6 +242,7 @@ class KLControl(Hyperparameters):
         return "kl_coef" if self.kl_controller in ("adaptive", "phased") else repr(self.kl_coef)
 
 
+@span("scoring")
 @torch.no_grad()
 def swept(source: Source, batch: Batch, like: Tensor, function: Callable[[Batch], Tensor]) -> Tensor:
     """Applies a function of a microbatch to the whole batch without gradient; (M, t) or (M,) -> (B, T) or (B,).
@@ -258,6 +260,7 @@ def swept(source: Source, batch: Batch, like: Tensor, function: Callable[[Batch]
     return result
 
 
+@span("reference")
 def with_reference(models: Models, source: Source, batch: Batch, temperature: float) -> Batch:
     """The batch with the reference's logprobs at the temperature the completions were sampled at."""
     assert batch.old_logprobs is not None

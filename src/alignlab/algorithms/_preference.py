@@ -12,6 +12,7 @@ from torch import Tensor
 from alignlab.algorithms import Models
 from alignlab.forward import score
 from alignlab.functional.masked import keep
+from alignlab.timing import span
 from alignlab.types import Batch
 
 TIE = 1e-4
@@ -36,6 +37,7 @@ def halves(per_row: Tensor) -> tuple[Tensor, Tensor]:
     return cast(tuple[Tensor, Tensor], per_row.chunk(2))
 
 
+@span("reference")
 def referenced(models: Models, batches: Sequence[Batch]) -> tuple[Batch, ...]:
     """The microbatches with the reference's logprobs, where they do not bring them along already."""
     with torch.no_grad():

@@ -21,6 +21,7 @@ from alignlab.algorithms._preference import LOSS_AT_START, TIE, referenced, row_
 from alignlab.forward import score
 from alignlab.functional.preference import kto_loss
 from alignlab.rollout import Source
+from alignlab.timing import span
 from alignlab.types import Batch, Directive, LoopState, LossOutput, Phase, Role, Row, Step
 
 
@@ -68,7 +69,7 @@ class KTO(Hyperparameters):
     def collect(self, models: Models, source: Source, state: LoopState) -> tuple[Phase, LoopState]:
         batches = referenced(models, source.labelled_batches(self.examples_per_step, state))
         others = referenced(models, source.plan_rows(mismatched(self._rows(source, state))))
-        with torch.no_grad():
+        with torch.no_grad(), span("scoring"):
             drifts = [log_ratios(score(models["policy"], batch).logprobs, batch) for batch in others]
         reference_point = torch.cat(drifts).mean().clamp(min=0)
         batches = tuple(replace(b, reference_point=reference_point.expand(len(b))) for b in batches)

@@ -18,6 +18,7 @@ from alignlab.forward.packed import Wanted, attend, make_layout
 from alignlab.functional.divergence import reverse_kl
 from alignlab.functional.logprobs import token_logprobs, token_logprobs_and_entropy
 from alignlab.models import Model, ScalarModel, active, head, trunk, unwrap
+from alignlab.timing import span
 from alignlab.types import Batch
 
 PACK = True
@@ -44,6 +45,7 @@ class Scores:
     entropy: Tensor | None = None  # (B, T) nats
 
 
+@span("body")
 def trunk_states(model: Model, batch: Batch, wanted: Wanted = "all") -> States:
     """The trunk's states of a batch: packed into one row where the model can, else padded; see `packed`."""
     inner = unwrap(model)
@@ -108,15 +110,16 @@ def score_and_divergence(
         teacher_states = trunk_states(teacher, batch, "actions")
     rows, columns = _scored(batch)
     top, teacher_top = head(policy), head(teacher)
-    flat = reverse_kl(
-        states.at(rows, columns - 1),
-        top.weight,
-        teacher_states.at(rows, columns - 1),
-        teacher_top.weight,
-        temperature=temperature,
-        logit_softcap=top.softcap,
-        teacher_logit_softcap=teacher_top.softcap,
-    )
+    with span("head"):
+        flat = reverse_kl(
+            states.at(rows, columns - 1),
+            top.weight,
+            teacher_states.at(rows, columns - 1),
+            teacher_top.weight,
+            temperature=temperature,
+            logit_softcap=top.softcap,
+            teacher_logit_softcap=teacher_top.softcap,
+        )
     return _score(policy, states, batch, temperature, entropy), _scatter(flat, rows, columns, batch)
 
 
@@ -151,6 +154,7 @@ def _scored(batch: Batch) -> tuple[Tensor, Tensor]:
     return rows[keep], columns[keep]
 
 
+@span("head")
 def _score(model: Model, states: States, batch: Batch, temperature: float, entropy: bool) -> Scores:
     rows, columns = _scored(batch)
     hidden, token_ids, top = states.at(rows, columns - 1), batch.input_ids[rows, columns], head(model)
@@ -163,6 +167,7 @@ def _score(model: Model, states: States, batch: Batch, temperature: float, entro
     return Scores(_scatter(flat, rows, columns, batch), _scatter(flat_entropy, rows, columns, batch))
 
 
+@span("head")
 def _values(model: ScalarModel, states: States, batch: Batch) -> Tensor:
     rows, columns = _scored(batch)
     return _scatter(model(states.at(rows, columns - 1)), rows, columns, batch)

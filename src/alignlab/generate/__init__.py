@@ -17,6 +17,7 @@ import torch
 from alignlab.generate.decode import cache_bytes, start
 from alignlab.generate.draw import Sampling, draw_tokens, exact
 from alignlab.models import Model, active, head, unwrap
+from alignlab.timing import span
 from alignlab.types import FinishReason
 
 __all__ = ["CACHE_MB", "Sampled", "Sampling", "SamplingKey", "generate"]
@@ -143,7 +144,8 @@ def _wave(model: Model, requests: Sequence[_Request], sampling: Sampling, pad_id
     prompts: dict[int, int] = {}  # siblings bring the very same object
     which = [prompts.setdefault(id(request.prompt), len(prompts)) for request in requests]
     distinct = {number: request.prompt for number, request in zip(which, requests, strict=True)}
-    decoder = start(model, list(distinct.values()), torch.tensor(which, device=device), limit, pad_id)
+    with span("prefill"):
+        decoder = start(model, list(distinct.values()), torch.tensor(which, device=device), limit, pad_id)
     drawn = np.zeros((len(requests), limit))
     for row, request in zip(drawn, requests, strict=True):
         row[: request.limit] = request.uniforms
@@ -160,7 +162,8 @@ def _wave(model: Model, requests: Sequence[_Request], sampling: Sampling, pad_id
     finished = torch.zeros(len(requests), dtype=torch.bool, device=device)
     look_every = LOOK_EVERY.get(device.type, 8)
     for step in range(limit):
-        token, logprob = draw_tokens(decoder.states, top.weight, uniforms[live, step], sampling, top.softcap)
+        with span("draw"):
+            token, logprob = draw_tokens(decoder.states, top.weight, uniforms[live, step], sampling, top.softcap)
         tokens[live, step], logprobs[live, step] = token, logprob  # beyond a stop token or limit: ignored
         if step + 1 == limit:
             break
@@ -174,7 +177,8 @@ def _wave(model: Model, requests: Sequence[_Request], sampling: Sampling, pad_id
                 decoder.keep(index)
                 live, token, finished = live[index], token[index], finished[index]
                 stops, limits = stops[index], limits[index]
-        decoder.step(token)
+        with span("decode"):
+            decoder.step(token)
     return [_completion(*row) for row in zip(requests, tokens.tolist(), logprobs.tolist(), strict=True)]
 
 
