@@ -222,6 +222,44 @@ def doctor_reward(
 
 
 @app.command()
+def profile(
+    recipe: RecipePath,
+    overrides: Overrides = None,
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", "-o", help="Folder; default runs/profile/NAME.", show_default=False),
+    ] = None,
+    stage: Annotated[
+        str | None, typer.Option(help="Which stage of the recipe; default: the last.", show_default=False)
+    ] = None,
+    phases: Annotated[int, typer.Option(help="Phases to measure, after one that warms up.", min=1)] = 3,
+    try_changes: Annotated[
+        bool, typer.Option("--try/--no-try", help="Run a phase again with the most promising changes.")
+    ] = True,
+    debug: Debug = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")] = False,
+) -> None:
+    """Say where a run's time and memory go, and which settings are most worth changing. Trains nothing for good."""
+    with _stoppable("the same command starts again"):
+        from alignlab import profile as profiling
+
+        def say(line: str) -> None:
+            if not quiet:
+                print(line, file=sys.stderr)
+
+        profiled, folder = profiling.profile(
+            _find(recipe), overrides or [], output, stage=stage, phases=phases, try_changes=try_changes, debug=debug,
+            say=say,
+        )  # fmt: skip
+        console = Console(highlight=False)
+        for shown in profiling.tables(profiled):
+            console.print(shown)
+            console.print()
+        numbers, page = profiling.write(profiled, folder)
+        print(f"{numbers}\n{page}")
+
+
+@app.command()
 def version() -> None:
     """Print the version."""
     print(alignlab.__version__)

@@ -270,7 +270,7 @@ def test_the_reference_point_is_of_the_whole_step(kto: Any) -> None:
          test_loss, (UP,)),
         ("desirable_weight=self.desirable_weight, ", "", test_loss, (UP,)),
         ("beta=self.beta, desirable", "beta=1.0, desirable", test_gradient, ()),
-        ("with torch.no_grad(), span(\"scoring\"):\n            drifts", "if True:\n            drifts", test_gradient, ()),
+        (", torch.no_grad():\n            drifts", ":\n            drifts", test_gradient, ()),
         ("LossOutput(terms.sum(), sums)", "LossOutput(-terms.sum(), sums)", test_gradient, ()),
         ("Step(batches, completion_rows(batches))", "Step(batches, completion_rows(batches) / 2)", test_loss, (UP,)),
         ("return rows + mismatched(rows)", "return rows", test_reference_logprobs_that_are_there_are_used, ()),

@@ -69,7 +69,7 @@ class KTO(Hyperparameters):
     def collect(self, models: Models, source: Source, state: LoopState) -> tuple[Phase, LoopState]:
         batches = referenced(models, source.labelled_batches(self.examples_per_step, state))
         others = referenced(models, source.plan_rows(mismatched(self._rows(source, state))))
-        with torch.no_grad(), span("scoring"):
+        with span("scoring"), torch.no_grad():
             drifts = [log_ratios(score(models["policy"], batch).logprobs, batch) for batch in others]
         reference_point = torch.cat(drifts).mean().clamp(min=0)
         batches = tuple(replace(b, reference_point=reference_point.expand(len(b))) for b in batches)

@@ -18,6 +18,7 @@ from alignlab.models import hush_progress_bars, pick_device
 from alignlab.pipeline.check import check_recipe, is_model
 from alignlab.pipeline.identity import (
     DONE,
+    NotTrained,
     StageResult,
     Teacher,
     finished_folder,
@@ -103,10 +104,10 @@ def run_stage(
 ) -> StageResult:
     """Trains one stage to its end, or finds it finished; `wait` lets another process that is at it finish first."""
     start, reward_stage = (
-        _dependency(stage.start, "policy", session),
-        _dependency(stage.reward_model, "reward_model", session),
+        dependency(stage.start, "policy", session),
+        dependency(stage.reward_model, "reward_model", session),
     )
-    teacher = _teacher(stage.teacher, session)
+    teacher = teacher_of(stage.teacher, session)
     key, contract = stage_key(stage, seed, start, reward_stage, teacher)
     done = finished_stage(folder, key)
     if done is not None:
@@ -121,7 +122,7 @@ def run_stage(
         return run.go(resume)
 
 
-def _dependency(reference: str | None, kind: str, session: Session) -> StageResult | None:
+def dependency(reference: str | None, kind: str, session: Session) -> StageResult | None:
     """The finished stage a name, recipe or run folder stands for; a recipe is trained into the cache if need be."""
     if reference is None:
         return None
@@ -131,20 +132,20 @@ def _dependency(reference: str | None, kind: str, session: Session) -> StageResu
     return read_done(finished_folder(path, kind)) if path.is_dir() else cached_stage(path, kind, session)
 
 
-def _teacher(reference: str | None, session: Session) -> Teacher | None:
+def teacher_of(reference: str | None, session: Session) -> Teacher | None:
     """The same for a teacher, which may also be a model as it is."""
     if reference is None:
         return None
     if reference not in session.earlier and is_model(reference):
         return Teacher(name=reference, model=reference, key=model_fingerprint(ModelSection(name=reference)))
-    result = _dependency(reference, "policy", session)
+    result = dependency(reference, "policy", session)
     assert result is not None
     return Teacher(name=str(result.folder.resolve()), model=str(result.model), key=result.key)
 
 
 def stage_rewards(stage: Stage, session: Session, template: Template) -> list[Reward]:
     """The rewards of a stage, its reward model found or trained, for completions of a policy with this template."""
-    reward_stage = _dependency(stage.reward_model, "reward_model", session)
+    reward_stage = dependency(stage.reward_model, "reward_model", session)
     return build_rewards(stage, lambda: learned_reward(stage, reward_stage, template, session))
 
 
@@ -155,12 +156,14 @@ def cached_stage(path: Path, kind: str, session: Session) -> StageResult:
     results: list[StageResult] = []
     for stage in recipe.stages:
         stage = following(stage, results)
-        start = _dependency(stage.start, "policy", inner)
-        reward_stage = _dependency(stage.reward_model, "reward_model", inner)
-        key, _ = stage_key(stage, recipe.seed, start, reward_stage, _teacher(stage.teacher, inner))
+        start = dependency(stage.start, "policy", inner)
+        reward_stage = dependency(stage.reward_model, "reward_model", inner)
+        key, _ = stage_key(stage, recipe.seed, start, reward_stage, teacher_of(stage.teacher, inner))
         folder = session.cache / f"{recipe.name}-{key[:16]}"
         found = finished_stage(folder, key)
         if found is None:
+            if session.finished_only:
+                raise NotTrained(f"{path.name}: {stage.name} is not trained yet")
             _say(session, f"{path.name}: training {stage.name} first (kept in {folder})")
             found = run_stage(stage, recipe.seed, folder, inner, resume=True, wait=True)
         inner.earlier[stage.name] = found
@@ -175,13 +178,16 @@ def _say(session: Session, line: str) -> None:
 
 
 __all__ = [
+    "NotTrained",
     "Session",
     "StageResult",
     "cached_stage",
     "check_recipe",
     "default_cache",
+    "dependency",
     "following",
     "run_recipe",
     "run_stage",
     "stage_rewards",
+    "teacher_of",
 ]

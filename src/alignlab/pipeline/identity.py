@@ -25,6 +25,10 @@ ONLY_WHERE = ("train.offload_optimizer",)
 """Settings that say where something is done: a resumed run may have others."""
 
 
+class NotTrained(UserError):
+    """A stage that another one needs is not there, and nobody is to train it now."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class StageResult:
     """A finished stage: its folder, its key, and what it cost."""
@@ -164,7 +168,7 @@ def data_fingerprint(stage: Stage) -> str:
 def code_fingerprint() -> str:
     """sha256 over the package's sources that can change a weight or a score, as they are when a process first asks."""
     root = Path(alignlab.__file__).parent
-    outside = {"study", "cli.py", "serving", "export.py", "doctor"}
+    outside = {"study", "cli.py", "serving", "export.py", "doctor", "profile"}
     return _hash_files(sorted(p for p in root.rglob("*.py") if p.relative_to(root).parts[0] not in outside))
 
 

@@ -97,6 +97,8 @@ class Session:
     debug: bool = False
     quiet: bool = False
     tracking: tuple[str, ...] = ()
+    finished_only: bool = False
+    """Stages of other recipes are found, never trained."""
     earlier: dict[str, StageResult] = field(default_factory=dict)
     """Finished stages of the recipe at hand, by name."""
 
