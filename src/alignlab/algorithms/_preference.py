@@ -37,16 +37,15 @@ def halves(per_row: Tensor) -> tuple[Tensor, Tensor]:
     return cast(tuple[Tensor, Tensor], per_row.chunk(2))
 
 
-@span("reference")
 def referenced(models: Models, batches: Sequence[Batch]) -> tuple[Batch, ...]:
     """The microbatches with the reference's logprobs, where they do not bring them along already."""
-    with torch.no_grad():
-        return tuple(
-            batch
-            if batch.reference_logprobs is not None
-            else replace(batch, reference_logprobs=score(models["reference"], batch).logprobs)
-            for batch in batches
-        )
+    return tuple(b if b.reference_logprobs is not None else _referenced(models, b) for b in batches)
+
+
+@span("reference")
+@torch.no_grad()
+def _referenced(models: Models, batch: Batch) -> Batch:
+    return replace(batch, reference_logprobs=score(models["reference"], batch).logprobs)
 
 
 def pair_metrics(

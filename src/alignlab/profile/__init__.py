@@ -87,13 +87,18 @@ def profile(
         trial, notes = _trial(recipe, short, chosen, work, output / MADE, debug, say)
         measured = trial.measure(phases, 1, say)
         several = len(recipe.stages) > 1
+        notes += [
+            f"the {name.replace('_', ' ')} is not stepped before step {role.start_step}: its AdamW state comes later"
+            for name, role in trial.roles.items()
+            if role.trained and role.start_step >= trial.state.step
+        ]
         facts = Facts(stage=trial.stage, measured=measured, device=trial.session.device,
                       prefix=f"stages.{chosen.name}." if several else "")  # fmt: skip
         if not measured.laps or not measured.laps[-1].work.rows:
             notes.append("the phases took no optimiser step: nothing is known about training")
             tried = list[Tried]()
         else:
-            tried = trial.try_out(candidates(facts), ROUNDS, say) if try_changes else []
+            tried = trial.try_out(candidates(facts, dict(trial.models)), ROUNDS, say) if try_changes else []
         found = suggestions(facts, tried, dict(trial.models))
     return (
         Profiled(recipe=recipe.name, stage=trial.stage, device=trial.session.device, threads=torch.get_num_threads(),

@@ -11,15 +11,16 @@ import os
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal, NamedTuple
 
 import psutil
 import torch
 from torch import nn
 
-from alignlab.models import trunk, unwrap
+from alignlab.models import hidden_size, trunk, unwrap
 from alignlab.models.load import linear_layers
-from alignlab.profile.measure import Change, Measured, Tried, mean
+from alignlab.profile.measure import Change, Measured, Tried, mean, threads
 from alignlab.recipe import AdapterSection, Stage
 
 LEAST = 0.03
@@ -94,7 +95,7 @@ class Facts:
 # ---- what to try -----------------------------------------------------------------------------------------------------
 
 
-def candidates(facts: Facts) -> list[Change]:
+def candidates(facts: Facts, models: dict[str, Any]) -> list[Change]:
     """Changes that are as right as what the recipe says, and that one more phase tells about."""
     settings, prefix = facts.stage.train, facts.prefix
     found = [
@@ -111,12 +112,14 @@ def candidates(facts: Facts) -> list[Change]:
     if (limit := _completion_limit(facts)) is not None:
         found.append(Change(override=f"{prefix}data.max_completion_tokens={limit}", completion_tokens=limit))
     if facts.device.type == "cpu":
-        found += [Change(override=f"OMP_NUM_THREADS={n}", threads=n) for n in _cores() if n != torch.get_num_threads()]
+        found += [Change(override=f"OMP_NUM_THREADS={n}", threads=n) for n in _cores() if _pays(n, facts, models)]
     return found
 
 
 def _rows_to_try(rows: int, in_step: int) -> list[int]:
     """Four times as many rows in a microbatch, and a quarter, where that makes another number of microbatches."""
+    if not in_step:
+        return []
     more, fewer = min(4 * rows, in_step + in_step % 2), max(2, min(rows, in_step) // 4)
     return [n for n in dict.fromkeys((more, fewer)) if -(-in_step // n) != -(-in_step // rows)]
 
@@ -135,6 +138,17 @@ def _cores() -> list[int]:
     allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     physical = psutil.cpu_count(logical=False) or allowed
     return sorted({1, min(allowed, physical)})
+
+
+def _pays(count: int, facts: Facts, models: dict[str, Any]) -> bool:
+    """Whether so many threads multiply any faster: where they do not, a whole phase may take them forever."""
+    if count == torch.get_num_threads():
+        return False
+    inner = unwrap(models.get("policy", models.get("reward_model")))
+    product = partial(product_seconds, hidden_size(inner), next(inner.parameters()).dtype, facts.device)
+    before = product()
+    with threads(count):
+        return product() < 0.9 * before
 
 
 # ---- what to say -----------------------------------------------------------------------------------------------------
@@ -279,7 +293,7 @@ def faster_type(facts: Facts, models: dict[str, Any]) -> Faster | None:
     other = {torch.float32: torch.bfloat16, torch.bfloat16: torch.float32}.get(now)
     if other is None or facts.stage.model.quantization or facts.pressure > SCARCE:
         return None
-    width = int(model.config.get_text_config().hidden_size)
+    width = hidden_size(model)
     if product_seconds(width, other, facts.device) > product_seconds(width, now, facts.device) / 1.2:
         return None
     decoder = copy.deepcopy(trunk(model)).eval()

@@ -41,6 +41,10 @@ DETAILS = ("prefill", "decode", "draw", "body", "head")
 """What parts are divided into once more."""
 
 
+HOPELESS = 1.25
+"""A change whose first round is so many times as slow is not given another."""
+
+
 class Still(Schedule):
     """Nothing moves, so that a phase can be run again as it was."""
 
@@ -278,6 +282,8 @@ class Trial(StageRun):
         peaks: dict[str, int] = {}
         for _ in range(rounds):
             for change in (nothing, *changes):
+                if change.override in seconds and seconds[change.override][0] > HOPELESS * seconds[""][0]:
+                    continue
                 say(f"{self.stage.name}: trying {change.override or 'nothing changed'}")
                 lap = self._again(change)
                 seconds.setdefault(change.override, []).append(lap.total)

@@ -33,6 +33,8 @@ LABELS = {
 """What people call a part where that is not its name."""
 NOTHING = "nothing is worth changing: no setting that was tried or estimated saves {least:.0%} of a phase"
 NONE = "—"
+SHOWN = 4
+"""Phases whose seconds are shown one by one; of more, the least and the most."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -183,10 +185,13 @@ def size_of(size: float) -> str:
     return f"{size / 2**30:.2f} GiB" if abs(size) >= 2**30 else f"{size / 2**20:.0f} MiB"
 
 
+def _count(number: float | None, what: str, ending: str = "s") -> str:
+    return f"{number:.3g} {what}{ending * (number != 1)}"
+
+
 def subtitle(profiled: Profiled) -> str:
     measured = profiled.measured
-    threads = f", {profiled.threads} threads" if profiled.device.type == "cpu" else ""
-    threads = threads.replace("1 threads", "1 thread") if profiled.threads == 1 else threads
+    threads = f", {_count(profiled.threads, 'thread')}" if profiled.device.type == "cpu" else ""
     return (
         f"stage {profiled.stage.name} · {len(measured.laps)} phases after {len(measured.warm_up)} to warm up · "
         f"{profiled.device}{threads} · {measured.trained:,} of {measured.parameters:,} weights trained"
@@ -194,7 +199,9 @@ def subtitle(profiled: Profiled) -> str:
 
 
 def part_cells(part: Part) -> list[str]:
-    phases = "  ".join(time_of(s) for s in part.by_phase) if any(part.by_phase) else NONE
+    phases = " · ".join(time_of(s) for s in part.by_phase) if any(part.by_phase) else NONE
+    if len(part.by_phase) > SHOWN:
+        phases = f"{time_of(min(part.by_phase))} to {time_of(max(part.by_phase))}"
     details = ", ".join(f"{name} {time_of(seconds)}" for name, seconds in part.details)
     return [part.label, time_of(part.seconds), f"{part.share:.1%}", phases, details]
 
@@ -202,8 +209,8 @@ def part_cells(part: Part) -> list[str]:
 def facts_of(profiled: Profiled) -> list[tuple[str, str]]:
     """What is one line each."""
     met, rates, once = batches(profiled), throughput(profiled), profiled.measured.once
-    how = f"{met['microbatches_per_phase']:.3g} microbatches of {met['rows_per_microbatch']:.3g} rows a phase, in "
-    how += f"{met['steps_per_phase']:.3g} optimiser step{'s' * (met['steps_per_phase'] != 1)}"
+    how = f"{_count(met['microbatches_per_phase'], 'microbatch', 'es')} of {met['rows_per_microbatch']:.3g} rows a "
+    how += f"phase, in {_count(met['steps_per_phase'], 'optimiser step')}"
     packed = (
         "none: rows are packed" if profiled.measured.packed else f"{met['padding_fraction']:.1%} of what is computed"
     )
@@ -217,11 +224,12 @@ def facts_of(profiled: Profiled) -> list[tuple[str, str]]:
     ]
     if met["completion_length_mean"] is not None:
         limit = profiled.stage.data.max_completion_tokens
-        long = (
-            f"{met['completion_length_mean']:.0f} tokens on average, the longest {met['completion_length_longest']:.0f}"
-        )
-        lines.append(("completions", f"{long} of {limit}, {met['truncated_fraction']:.0%} cut off"))
-    spent = {"loading": once.models, "data": once.data, "reference": once.reference}
+        average, longest = met["completion_length_mean"], met["completion_length_longest"]
+        cut = f"{met['truncated_fraction']:.0%} cut off"
+        lines.append(("completions", f"{average:.0f} tokens on average, the longest {longest:.0f} of {limit}, {cut}"))
+    spent = {"loading": once.models, "data": once.data}
+    if once.reference > 0.001:  # else there is none to compute before training
+        spent["the reference's logprobs of the whole run"] = once.reference
     if once.evaluation is not None:
         spent["an evaluation"] = once.evaluation
     spent["a checkpoint"] = once.checkpoint
