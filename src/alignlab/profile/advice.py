@@ -16,7 +16,7 @@ from typing import Any, Literal, NamedTuple
 
 import psutil
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from alignlab.models import hidden_size, trunk, unwrap
 from alignlab.models.load import linear_layers
@@ -109,6 +109,10 @@ def candidates(facts: Facts, models: dict[str, Any]) -> list[Change]:
     if settings.gradient_checkpointing or facts.pressure > SCARCE:
         on = not settings.gradient_checkpointing
         found.append(Change(override=f"{prefix}train.gradient_checkpointing={str(on).lower()}", recompute=on))
+    if facts.pressure > SCARCE and (budget := _token_budget(facts)) is not None:
+        found.append(
+            Change(override=f"{prefix}train.max_tokens_per_microbatch={budget}", limits={"microbatch_tokens": budget})
+        )
     if (limit := _completion_limit(facts)) is not None:
         found.append(Change(override=f"{prefix}data.max_completion_tokens={limit}", completion_tokens=limit))
     if facts.device.type == "cpu":
@@ -122,6 +126,14 @@ def _rows_to_try(rows: int, in_step: int) -> list[int]:
         return []
     more, fewer = min(4 * rows, in_step + in_step % 2), max(2, min(rows, in_step) // 4)
     return [n for n in dict.fromkeys((more, fewer)) if -(-in_step // n) != -(-in_step // rows)]
+
+
+def _token_budget(facts: Facts) -> int | None:
+    """The mean size of a microbatch, padded, where the largest, which has to fit, is half as large again."""
+    work = facts.measured.laps[-1].work
+    sizes = [rows * width for rows, width in zip(work.rows, work.widths, strict=True)]
+    average = sum(sizes) // max(1, len(sizes))
+    return average if sizes and max(sizes) > 1.5 * average else None
 
 
 def _completion_limit(facts: Facts) -> int | None:
@@ -232,12 +244,13 @@ def _estimates(facts: Facts, models: dict[str, Any]) -> Iterator[Suggestion]:
         )
     yield from _offload(facts, estimate)
     if (faster := faster_type(facts, models)) is not None:
-        saved = facts.part("reference", "scoring", "body", "backward") * (1 - 1 / faster.rows)
-        saved += facts.part("sampling") * (1 - 1 / faster.token)
+        saved = facts.part("body", "backward") * (1 - 1 / faster.trained)
+        saved += facts.part("reference", "scoring") * (1 - 1 / faster.scored)
+        saved += facts.part("sampling") * (1 - 1 / faster.decoded)
         yield estimate(
             f"model.dtype={faster.name}",
-            f"a copy of the model in it ran {faster.rows:.1f} times as fast over whole rows, and {faster.token:.1f} "
-            "times token by token; it rounds otherwise",
+            f"a copy of the model in it was {faster.trained:.1f} times as fast there and back over whole rows, and "
+            f"{faster.decoded:.1f} times token by token; it rounds otherwise",
             saved,
             learns=True,
         )
@@ -277,16 +290,18 @@ class Faster(NamedTuple):
     """Another type of weights, and how many times as fast the model's trunk is in it."""
 
     name: str
-    rows: float
-    """Over whole rows, as in training."""
-    token: float
-    """Over one token of each, as in sampling."""
+    trained: float
+    """Forward and backward over whole rows."""
+    scored: float
+    """Forward over whole rows."""
+    decoded: float
+    """Forward over one token of each."""
 
 
 def faster_type(facts: Facts, models: dict[str, Any]) -> Faster | None:
     """float32 or bfloat16, whichever the model is not in, where a copy of it is faster in that; None where it is not.
 
-    A copy is made only where this device multiplies faster in the other type, and where there is room for it.
+    Copies are made only where this device multiplies faster in the other type, and where there is room for them.
     """
     model = unwrap(models.get("policy", models.get("reward_model")))
     now = next(model.parameters()).dtype
@@ -296,21 +311,30 @@ def faster_type(facts: Facts, models: dict[str, Any]) -> Faster | None:
     width = hidden_size(model)
     if product_seconds(width, other, facts.device) > product_seconds(width, now, facts.device) / 1.2:
         return None
-    decoder = copy.deepcopy(trunk(model)).eval()
+    plain = copy.deepcopy(trunk(model)).eval()
+    changed = copy.deepcopy(plain).to(other)
+    ratios = _times_as_fast(plain, changed, facts)
+    return Faster(str(other).removeprefix("torch."), *ratios) if max(ratios) > 1.1 else None
+
+
+def _times_as_fast(plain: nn.Module, changed: nn.Module, facts: Facts) -> tuple[float, float, float]:
+    """Of training, scoring and decoding the largest microbatch of the last phase: in turn, the best of four."""
     work = facts.measured.laps[-1].work
-    shapes = {"rows": (max(work.rows), max(work.widths)), "token": (max(work.rows), 1)}
-    before = {name: _pass_seconds(decoder, shape, facts.device) for name, shape in shapes.items()}
-    decoder = decoder.to(other)
-    after = {name: _pass_seconds(decoder, shape, facts.device) for name, shape in shapes.items()}
-    found = Faster(str(other).removeprefix("torch."), **{name: before[name] / after[name] for name in shapes})
-    return found if max(found.rows, found.token) > 1 else None
+    rows = torch.ones(max(work.rows), max(work.widths), dtype=torch.long, device=facts.device)
 
+    def trained(decoder: nn.Module) -> None:
+        decoder(input_ids=rows, use_cache=False).last_hidden_state.sum().backward()
+        decoder.zero_grad(set_to_none=True)
 
-@torch.no_grad()
-def _pass_seconds(decoder: nn.Module, shape: tuple[int, int], device: torch.device) -> float:
-    """The least time of a forward pass over rows of that shape."""
-    ids = torch.ones(shape, dtype=torch.long, device=device)
-    return min(_seconds(lambda: decoder(input_ids=ids, use_cache=False), device) for _ in range(4))
+    @torch.no_grad()
+    def scored(decoder: nn.Module, ids: Tensor) -> None:
+        decoder(input_ids=ids, use_cache=False)
+
+    ratios = []
+    for work_of in (trained, partial(scored, ids=rows), partial(scored, ids=rows[:, :1])):
+        turns = [[_seconds(partial(work_of, d), facts.device) for d in (plain, changed)] for _ in range(4)]
+        ratios.append(min(before for before, _ in turns) / min(after for _, after in turns))
+    return ratios[0], ratios[1], ratios[2]
 
 
 def product_seconds(width: int, dtype: torch.dtype, device: torch.device) -> float:
