@@ -313,4 +313,4 @@ def test_no_phases_are_refused(folder: Path) -> None:
 
 def test_numbers_in_words() -> None:
     assert [time_of(s) for s in (0.0012, 1.5, 120.0, 7200.0)] == ["1.2 ms", "1.50 s", "2.0 min", "2.0 h"]
-    assert [size_of(s) for s in (2**20, 3 * 2**30)] == ["1 MiB", "3.00 GiB"]
+    assert [size_of(s) for s in (2**18, 99 * 2**20, 3 * 2**30)] == ["0.2 MiB", "99 MiB", "3.00 GiB"]

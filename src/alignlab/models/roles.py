@@ -197,6 +197,13 @@ def recompute_activations(model: nn.Module) -> None:
     model.train()
 
 
+def keep_activations(model: nn.Module, *, training: bool) -> None:
+    """Undoes `recompute_activations`; `training`: whether the model stays in training mode, for its dropout."""
+    with warnings.catch_warnings(action="ignore"):
+        unwrap(model).gradient_checkpointing_disable()  # type: ignore[no-untyped-call]
+    model.train(training)
+
+
 def trainable_copy(model: M) -> M:
     """A copy that can be trained by itself: trained weights are copied, frozen ones (under an adapter) shared."""
     return copy_sharing(model, {p for p in model.parameters() if not p.requires_grad})

@@ -22,7 +22,7 @@ from alignlab.algorithms import Algorithm, Models
 from alignlab.checkpoint import save_checkpoint
 from alignlab.diagnosis import DiagnosisLimits
 from alignlab.forward.packed import takes_layout
-from alignlab.models import num_parameters, recompute_activations, unwrap
+from alignlab.models import keep_activations, num_parameters, recompute_activations, unwrap
 from alignlab.optim import Schedule
 from alignlab.pipeline.items import of_evaluation
 from alignlab.pipeline.reference import UsesReference, run_rows
@@ -336,8 +336,7 @@ class Trial(StageRun):
             if recompute:
                 recompute_activations(model)
             else:
-                unwrap(model).gradient_checkpointing_disable()  # type: ignore[no-untyped-call]
-                model.train(self.stage.method.dropout)
+                keep_activations(model, training=self.stage.method.dropout)
 
     # ---- parts of it -------------------------------------------------------------------------------------------------
 

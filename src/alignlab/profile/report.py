@@ -182,7 +182,9 @@ def time_of(seconds: float) -> str:
 
 
 def size_of(size: float) -> str:
-    return f"{size / 2**30:.2f} GiB" if abs(size) >= 2**30 else f"{size / 2**20:.0f} MiB"
+    if abs(size) >= 2**30:
+        return f"{size / 2**30:.2f} GiB"
+    return f"{size / 2**20:.0f} MiB" if abs(size) >= 10 * 2**20 else f"{size / 2**20:.1f} MiB"
 
 
 def _count(number: float | None, what: str, ending: str = "s") -> str:
