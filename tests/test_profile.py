@@ -11,16 +11,19 @@ from typing import Any
 import pytest
 import torch
 
+from alignlab.algorithms.grpo import GRPO as GRPOMethod
 from alignlab.profile import Profiled, as_json, profile, tables
 from alignlab.profile.advice import Facts, Suggestion, candidates, suggestions, worth
-from alignlab.profile.measure import Change, Counting, Lap, Tried, Work, threads
+from alignlab.profile.measure import Change, Counting, Lap, Still, Tried, Work, threads
 from alignlab.profile.report import parts_of, render, size_of, time_of
 from alignlab.types import RowShapes
+from tests.algorithms.world import start_run
 from tests.runs import alignlab, files_of, small_model, strict_json, write_rows
 from tests.stand_ins import batch_of, tiny
 
 CPU = torch.device("cpu")
 MODELS = {"policy": tiny()}
+GRPO_METHOD = GRPOMethod(prompts_per_phase=3, group_size=3, learning_rate=1e-2)
 SUMS = [
     {"id": f"sum/{a}{b}", "task": "reasoning", "prompt": f"{a} + {b}", "answer": str(a + b), "completion": str(a + b),
      "chosen": f"{a} + {b} = {a + b}", "rejected": "no"}
@@ -253,6 +256,15 @@ def test_a_few_long_completions(online: Profiled) -> None:
     assert change.override == "data.max_completion_tokens=11" and change.completion_tokens == 11
     even = replace(facts, measured=replace(facts.measured, laps=(replace(lap, work=Work(lengths=(10,) * 40)),)))
     assert not any(c.completion_tokens for c in candidates(even, MODELS))
+
+
+def test_a_repeat_moves_nothing() -> None:
+    """At the schedule of repeats no weight moves, weight decay included, so that the same phase can be had again."""
+    run = start_run(GRPO_METHOD, weight_decay=0.5)
+    run.schedule = Still()
+    before = {name: p.clone() for name, p in run.models["policy"].state_dict().items()}
+    run.go(2)
+    assert run.state.step == 2 and all(torch.equal(before[n], p) for n, p in run.models["policy"].state_dict().items())
 
 
 def test_threads_are_put_back() -> None:

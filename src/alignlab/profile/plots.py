@@ -74,7 +74,7 @@ def memory_course(course: Sequence[tuple[float, int]], loaded: int | None) -> Ma
         y = down(level)
         marks.append(element("line", x1=LEFT, x2=RIGHT, y1=y, y2=y, class_="ideal"))
         marks.append(element("text", "everything loaded", x=RIGHT, y=y - 5, class_="axis", text_anchor="end"))
-    marks.append(element("text", "MiB in use", x=LEFT + 5, y=top + 12, class_="axis"))
+    marks.append(element("text", "MiB in use", x=LEFT + 6, y=height - 8, class_="axis"))
     return drawing(WIDTH, height + 40, f"Memory in use: {max(used):.0f} MiB at the peak", marks)
 
 
