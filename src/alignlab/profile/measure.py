@@ -21,7 +21,7 @@ from torch import nn
 from alignlab.algorithms import Algorithm, Models
 from alignlab.checkpoint import save_checkpoint
 from alignlab.diagnosis import DiagnosisLimits
-from alignlab.forward.packed import takes_layout
+from alignlab.forward.decoder import is_known
 from alignlab.models import keep_activations, num_parameters, recompute_activations, unwrap
 from alignlab.optim import Schedule
 from alignlab.pipeline.items import of_evaluation
@@ -169,7 +169,7 @@ class Counting:
     def __init__(self, algorithm: Algorithm, models: Models) -> None:
         self._algorithm, self.work = algorithm, Work()
         trained = models.get("policy", models.get("reward_model"))
-        self._packs = takes_layout(unwrap(trained))
+        self._packs = is_known(unwrap(trained))
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._algorithm, name)
