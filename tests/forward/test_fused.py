@@ -138,7 +138,11 @@ def test_other_adapters_are_the_module_s(case: str) -> None:
     [
         (".addcmul_(x, along, value=-1)", "", lambda f: test_norms("llama", False, f)),
         ("mul_(factor).mul_(factor).div_", "mul_(factor).div_", lambda f: test_norms("gemma", True, f)),
-        ("weight = offset + weight", "pass", lambda f: test_norms("gemma", False, f)),
+        (
+            "scaled.addcmul_(scaled, weight) if offset",
+            "scaled.mul_(weight) if offset",
+            lambda f: test_norms("gemma", False, f),
+        ),
         ("sin, value=-1), None", "sin), None", test_rotary_embeddings),
         ("(grad @ up).mul_(ctx.scale)", "(grad @ up)", lambda f: test_adapters(False, f)),
         (".addmm_(to_inner, down)", "", lambda f: test_adapters(False, f)),

@@ -7,6 +7,7 @@ weights, dropout on an adapter, norms in half precision, whose rounding is the m
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Any, cast
 
 import torch
@@ -24,7 +25,7 @@ NORMS = {
     "Qwen3RMSNorm": 0.0,
     "SmolLM3RMSNorm": 0.0,
 }
-"""What is added to the weight of a norm. All compute in float32 whatever they are given; only that is done here."""
+"""What is added to the weight of a norm, 0 or 1. All compute in float32 whatever they are given; here only that is done."""
 FEW_ROWS = 8
 """Rows up to which weight @ x.T is the faster product on a CPU, where the weight has more rows than columns."""
 
@@ -36,43 +37,50 @@ def norm(module: nn.Module, x: Tensor, residual: Tensor | None = None) -> Tensor
         normed = cast(Tensor, module(x))
         return normed if residual is None else residual + normed
     weight = cast(Tensor, module.weight)
-    if offset:
-        weight = offset + weight
     eps = cast(float, getattr(module, "eps", None) or getattr(module, "variance_epsilon", None))
     if not torch.is_grad_enabled():
-        return _normed(x, weight, eps, residual)[0]
-    return cast(Tensor, _Norm.apply(x, weight, eps, residual))  # type: ignore[no-untyped-call]
+        return _normed(x, weight, eps, offset, residual)[0]
+    return cast(Tensor, _Norm.apply(x, weight, eps, offset, residual))  # type: ignore[no-untyped-call]
 
 
-def _normed(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None) -> tuple[Tensor, Tensor]:
+def _normed(x: Tensor, weight: Tensor, eps: float, offset: float, residual: Tensor | None) -> tuple[Tensor, Tensor]:
     """The result, and (..., 1) what every row was multiplied by."""
     length = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
-    factor = length.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
+    factor = torch.addcmul(_constant(eps, x.dtype, x.device), length, length, value=1 / x.shape[-1]).rsqrt_()
     scaled = x * factor
-    return scaled.mul_(weight) if residual is None else torch.addcmul(residual, scaled, weight), factor
+    if residual is None:
+        return scaled.addcmul_(scaled, weight) if offset else scaled.mul_(weight), factor
+    return torch.addcmul(residual + scaled if offset else residual, scaled, weight), factor
+
+
+@lru_cache(maxsize=64)
+def _constant(value: float, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """A number that need not be made again at every call."""
+    return torch.tensor(value, dtype=dtype, device=device)
 
 
 class _Norm(torch.autograd.Function):
     """x (..., H), weight (H,), residual (..., H) or None -> (..., H)."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float, residual: Tensor | None) -> Tensor:
-        result, factor = _normed(x, weight, eps, residual)
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float, offset: float, residual: Tensor | None) -> Tensor:
+        result, factor = _normed(x, weight, eps, offset, residual)
         ctx.save_for_backward(x, weight, factor)
+        ctx.offset = offset
         return result
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, Tensor | None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, Tensor | None]:
         x, weight, factor = ctx.saved_tensors
         grad_x = grad_weight = None
         if ctx.needs_input_grad[0]:
-            grad_x = grad * weight
+            grad_x = torch.addcmul(grad, grad, weight) if ctx.offset else grad * weight
             along = torch.linalg.vecdot(grad_x, x)[..., None].mul_(factor).mul_(factor).div_(x.shape[-1])
             grad_x.addcmul_(x, along, value=-1).mul_(factor)
         if ctx.needs_input_grad[1]:
             grad_weight = (grad * x).mul_(factor).flatten(0, -2).sum(0)
-        return grad_x, grad_weight, None, grad if ctx.needs_input_grad[3] else None
+        return grad_x, grad_weight, None, None, grad if ctx.needs_input_grad[4] else None
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
