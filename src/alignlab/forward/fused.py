@@ -25,7 +25,7 @@ NORMS = {
     "Qwen3RMSNorm": 0.0,
     "SmolLM3RMSNorm": 0.0,
 }
-"""What is added to the weight of a norm, 0 or 1. All compute in float32 whatever they are given; here only that is done."""
+"""What is added to the weight of a norm, 0 or 1. All compute in float32; another type is left to the module."""
 FEW_ROWS = 8
 """Rows up to which weight @ x.T is the faster product on a CPU, where the weight has more rows than columns."""
 
