@@ -13,6 +13,7 @@ from torch import nn
 from torch.testing import assert_close
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from alignlab import kernels
 from alignlab.algorithms.dpo import DPO
 from alignlab.algorithms.grpo import GRPO
 from alignlab.algorithms.ppo import PPO
@@ -256,6 +257,12 @@ def test_recomputed_activations_give_the_same_gradients(method: str, holding: st
         assert_close(recomputed[name], gradient, rtol=1e-5, atol=1e-6 * max(1.0, gradient.abs().max().item()))
 
 
+@pytest.fixture
+def by_modules(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Activations are their modules' own, which can be watched."""
+    monkeypatch.setattr(kernels, "ready", lambda *_: False)
+
+
 def counted(module: nn.Module) -> Callable[[], list[int]]:
     """With how many tokens a module is called from now on."""
     tokens: list[int] = []
@@ -263,7 +270,7 @@ def counted(module: nn.Module) -> Callable[[], list[int]]:
     return lambda: tokens
 
 
-def test_activations_are_recomputed_and_dropout_stays_off() -> None:
+def test_activations_are_recomputed_and_dropout_stays_off(by_modules: None) -> None:
     """Each layer runs twice in a step; attention and adapter dropout that were disabled do not come back with it."""
     policy = adapted(tiny(attention_dropout=0.5))
     for module in policy.modules():
@@ -296,7 +303,7 @@ def test_dropout_that_is_wanted_falls_the_same_way_twice() -> None:
         assert_close(one, other, **FLOAT32)
 
 
-def test_sampling_keeps_its_cache() -> None:
+def test_sampling_keeps_its_cache(by_modules: None) -> None:
     """Prefill once, then one token a pass, as without: in training mode transformers would drop the cache."""
     sampled = []
     for recomputed in (False, True):

@@ -11,9 +11,11 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from torch.testing import assert_close
+from transformers.activations import ACT2FN
 from transformers.models.gemma3.modeling_gemma3 import Gemma3RMSNorm
 from transformers.models.llama.modeling_llama import LlamaRMSNorm, apply_rotary_pos_emb
 
+from alignlab import kernels
 from alignlab.forward import fused as module
 from alignlab.models import disable_dropout
 from tests.statistics.mutants import mutated
@@ -23,8 +25,13 @@ NORMS = {"llama": LlamaRMSNorm, "gemma": Gemma3RMSNorm}
 TYPES = [torch.float64, torch.float32, torch.bfloat16]
 
 
-@pytest.fixture
-def fused() -> ModuleType:
+@pytest.fixture(params=["torch", "c"])
+def fused(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """The module, with the loops in C and without."""
+    if request.param == "torch":
+        monkeypatch.setattr(kernels, "ready", lambda *_: False)
+    elif not kernels.ready():
+        pytest.skip("there is no C compiler")
     return module
 
 
@@ -67,15 +74,27 @@ def test_norms_round_as_their_modules_do(kind: str, dtype: torch.dtype) -> None:
     assert_close(module.norm(theirs, x), theirs(x), **FLOAT32 if dtype == torch.float32 else FLOAT64)
 
 
-def test_rotary_embeddings(fused: ModuleType) -> None:
-    angles = torch.rand(3, 4, dtype=torch.float64) * 6
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_rotary_embeddings(fused: ModuleType, dtype: torch.dtype) -> None:
+    angles = torch.rand(3, 4, generator=torch.Generator().manual_seed(0), dtype=dtype) * 6
     cos, sin = (torch.cat([f(angles)] * 2, -1)[:, None] for f in (torch.cos, torch.sin))
     odd = sin.clone()
     odd[..., :4].neg_()
-    x = numbers(3, 2, 8)
+    x = numbers(3, 2, 8, dtype=dtype)
     agree(lambda x: fused.rotate(x, cos, odd), lambda x: apply_rotary_pos_emb(x, x, cos, sin, 0)[0][0], x)
     with torch.no_grad():
-        assert_close(fused.rotate(x, cos, odd), apply_rotary_pos_emb(x, x, cos, sin, 0)[0][0], **FLOAT64)
+        expected = apply_rotary_pos_emb(x, x, cos, sin, 0)[0][0]
+        assert_close(fused.rotate(x, cos, odd), expected, **FLOAT32 if dtype == torch.float32 else FLOAT64)
+
+
+@pytest.mark.parametrize("name", ["gelu_pytorch_tanh", "silu", "relu", "gelu"])
+def test_gates(name: str, fused: ModuleType) -> None:
+    activation = ACT2FN[name]
+    gate, up = (3 * numbers(5, 7, seed=seed, dtype=torch.float32).detach() for seed in (0, 1))
+    agree(lambda g, u: fused.gated(activation, g, u), lambda g, u: activation(g) * u,
+          gate.requires_grad_(), up.requires_grad_())  # fmt: skip
+    with torch.no_grad():
+        assert_close(fused.gated(activation, gate, up), activation(gate) * up, **FLOAT32)
 
 
 class _One(nn.Module):
@@ -95,6 +114,16 @@ def adapted(bias: bool, **options: Any) -> Any:
         autocast_adapter_dtype=False,
     ).double()
     return model.base_model.model.layer
+
+
+@pytest.mark.parametrize("rows", [1, 3, 8, 17])
+@pytest.mark.parametrize("inner, outer", [(5, 8), (40, 12), (8, 6)])
+def test_products(rows: int, inner: int, outer: int, fused: ModuleType) -> None:
+    x, weight = numbers(rows, inner, dtype=torch.float32), numbers(outer, inner, seed=1, dtype=torch.float32)
+    with torch.no_grad():
+        found = fused.product(x, weight)
+        assert found.is_contiguous()
+        assert_close(found, x @ weight.T, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("bias", [False, True], ids=["plain", "bias"])
@@ -143,12 +172,15 @@ def test_other_adapters_are_the_module_s(case: str) -> None:
             "scaled.mul_(weight) if offset",
             lambda f: test_norms("gemma", False, f),
         ),
-        ("sin, value=-1), None", "sin), None", test_rotary_embeddings),
+        ("cos, sin, -1.0), None", "cos, sin, 1.0), None", lambda f: test_rotary_embeddings(f, torch.float32)),
         ("(grad @ up).mul_(ctx.scale)", "(grad @ up)", lambda f: test_adapters(False, f)),
         (".addmm_(to_inner, down)", "", lambda f: test_adapters(False, f)),
         ("F.linear(x, weight, bias).addmm_", "F.linear(x, weight).addmm_", lambda f: test_adapters(True, f)),
     ],
 )
-def test_mutants_are_noticed(text: str, replacement: str, test: Callable[[ModuleType], None]) -> None:
+def test_mutants_are_noticed(
+    text: str, replacement: str, test: Callable[[ModuleType], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(kernels, "ready", lambda *_: False)
     with pytest.raises(AssertionError):
         test(mutated(module, text, replacement))

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from alignlab.forward.fused import linear, norm, rotate
+from alignlab.forward.fused import gated, linear, norm, rotate
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -92,7 +92,7 @@ def _rotary(inner: Any, hidden: Tensor, positions: Tensor, kind: str | None) -> 
     cos, sin = inner.rotary_emb(hidden[None], positions[None], *([] if kind is None else [kind]))
     sin = sin[0, :, None].clone()
     sin[..., : sin.shape[-1] // 2].neg_()
-    return cos[0, :, None], sin
+    return cos[0, :, None].contiguous(), sin
 
 
 def _layer(
@@ -123,5 +123,5 @@ def _layer(
         hidden = hidden + found
         given = norm(layer.post_attention_layernorm, hidden)
     mlp = layer.mlp
-    found = linear(mlp.down_proj, mlp.act_fn(linear(mlp.gate_proj, given)) * linear(mlp.up_proj, given))
+    found = linear(mlp.down_proj, gated(mlp.act_fn, linear(mlp.gate_proj, given), linear(mlp.up_proj, given)))
     return norm(layer.post_feedforward_layernorm, found, hidden) if norms_both else hidden + found

@@ -1,12 +1,14 @@
 """Parts of a decoder layer with a backward pass of their own: tensors and modules in, tensors out.
 
 The sums are those of the `transformers` modules, taken in fewer passes over memory: RMS norms (also with the residual
-that they are added to), rotary embeddings, linear layers under a LoRA adapter. What a part does not cover (quantised
-weights, dropout on an adapter, norms in half precision, whose rounding is the module's own) goes through the module.
+that they are added to), rotary embeddings, gated activations, linear layers under a LoRA adapter. What a part does not
+cover (quantised weights, dropout on an adapter, norms in half precision, whose rounding is the module's own) goes
+through the module. Where the loops of `kernels` are there, they do what is not a large matrix product.
 """
 
 from __future__ import annotations
 
+import math
 from functools import lru_cache
 from typing import Any, cast
 
@@ -14,6 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+
+from alignlab import kernels
 
 NORMS = {
     "GemmaRMSNorm": 1.0,
@@ -45,6 +49,8 @@ def norm(module: nn.Module, x: Tensor, residual: Tensor | None = None) -> Tensor
 
 def _normed(x: Tensor, weight: Tensor, eps: float, offset: float, residual: Tensor | None) -> tuple[Tensor, Tensor]:
     """The result, and (..., 1) what every row was multiplied by."""
+    if kernels.ready(x, weight, residual):
+        return kernels.norm(x, weight, eps, offset, residual)
     length = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
     factor = torch.addcmul(_constant(eps, x.dtype, x.device), length, length, value=1 / x.shape[-1]).rsqrt_()
     scaled = x * factor
@@ -74,34 +80,76 @@ class _Norm(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, Tensor | None]:
         x, weight, factor = ctx.saved_tensors
         grad_x = grad_weight = None
+        grad_residual = grad if ctx.needs_input_grad[4] else None
+        if kernels.ready(x, weight, factor):
+            wants_weight = ctx.needs_input_grad[1]
+            grad_x, grad_weight = kernels.norm_backward(grad.contiguous(), x, weight, factor, ctx.offset, wants_weight)
+            return grad_x, grad_weight, None, None, grad_residual
         if ctx.needs_input_grad[0]:
             grad_x = torch.addcmul(grad, grad, weight) if ctx.offset else grad * weight
             along = torch.linalg.vecdot(grad_x, x)[..., None].mul_(factor).mul_(factor).div_(x.shape[-1])
             grad_x.addcmul_(x, along, value=-1).mul_(factor)
         if ctx.needs_input_grad[1]:
             grad_weight = (grad * x).mul_(factor).flatten(0, -2).sum(0)
-        return grad_x, grad_weight, None, None, grad if ctx.needs_input_grad[4] else None
+        return grad_x, grad_weight, None, None, grad_residual
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotary embedding (arXiv:2104.09864) of x (N, heads, D); cos and sin (N, 1, D), sin negated in its first half."""
     if torch.is_grad_enabled() and x.requires_grad:
         return cast(Tensor, _Rotate.apply(x, cos, sin))  # type: ignore[no-untyped-call]
-    return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin)
+    return _rotated(x, cos, sin, 1.0)
+
+
+def _rotated(x: Tensor, cos: Tensor, sin: Tensor, sign: float) -> Tensor:
+    if kernels.ready(x, cos, sin):
+        return kernels.rotate(x, cos, sin, sign)
+    return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin, value=sign)
 
 
 class _Rotate(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         ctx.save_for_backward(cos, sin)
-        return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin)
+        return _rotated(x, cos, sin, 1.0)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         cos, sin = ctx.saved_tensors
-        # sin is odd in the halves, so rolling it back only changes its sign
-        return torch.addcmul(grad * cos, grad.roll(grad.shape[-1] // 2, -1), sin, value=-1), None, None
+        # sin is odd in the halves, so exchanging them only changes its sign
+        return _rotated(grad.contiguous(), cos, sin, -1.0), None, None
+
+
+GATES = {
+    "GELUTanh": (2 * math.sqrt(2 / math.pi), 2 * math.sqrt(2 / math.pi) * 0.044715),
+    "SiLUActivation": (1.0, 0.0),
+    "SiLU": (1.0, 0.0),
+}
+"""Activations of the form x sigmoid(a x + b x^3) -> (a, b); GELU by tanh is one, as (1 + tanh u) / 2 = sigmoid(2 u)."""
+
+
+def gated(activation: nn.Module, gate: Tensor, up: Tensor) -> Tensor:
+    """activation(gate) * up, (N, I) each (arXiv:2002.05202)."""
+    form = GATES.get(type(activation).__name__)
+    if form is None or not kernels.ready(gate, up):
+        return cast(Tensor, activation(gate)) * up
+    if not torch.is_grad_enabled():
+        return kernels.gate(gate, up, *form)
+    return cast(Tensor, _Gate.apply(gate, up, *form))  # type: ignore[no-untyped-call]
+
+
+class _Gate(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, gate: Tensor, up: Tensor, a: float, b: float) -> Tensor:
+        ctx.save_for_backward(gate, up)
+        ctx.form = a, b
+        return kernels.gate(gate, up, a, b)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:
+        return *kernels.gate_backward(grad.contiguous(), *ctx.saved_tensors, *ctx.form), None, None
 
 
 def linear(module: nn.Module, x: Tensor) -> Tensor:
@@ -125,13 +173,16 @@ def linear(module: nn.Module, x: Tensor) -> Tensor:
 
 
 def _product(x: Tensor, layer: nn.Linear) -> Tensor:
-    if torch.is_grad_enabled() or layer.bias is not None:
+    if torch.is_grad_enabled():
         return F.linear(x, layer.weight, layer.bias)
-    return few_rows(x, layer.weight)
+    found = product(x, layer.weight)
+    return found if layer.bias is None else found.add_(layer.bias)
 
 
-def few_rows(x: Tensor, weight: Tensor) -> Tensor:
-    """x (N, in) @ weight.T (in, out), by whichever order of the factors is faster for so few rows."""
+def product(x: Tensor, weight: Tensor) -> Tensor:
+    """x (N, in) @ weight.T (in, out) without gradients, in the fastest way for so few rows."""
+    if len(x) <= kernels.PRODUCT_ROWS and len(weight) % 4 == 0 and kernels.ready(x, weight):
+        return kernels.product(x, weight)
     if len(x) <= FEW_ROWS and len(weight) >= weight.shape[1] and x.device.type == "cpu":
         return (weight @ x.T).T.contiguous()
     return x @ weight.T

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Protocol, cast
 import torch
 from torch import Tensor
 
+from alignlab import kernels
 from alignlab.data import left_pad
 from alignlab.forward.decoder import AttentionKind, decode, is_known
 from alignlab.forward.packed import attend, make_layout
@@ -142,6 +143,11 @@ def _first(seen: int, window: int | None) -> int:
 def _attend(kind: AttentionKind, query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None) -> Tensor:
     """Queries (R, heads, D), keys and values (R, key heads, K, D), mask (R, 1, 1, K), True = attended, or None for all
     -> (R, heads, D). Heads that share keys ask together, so that no key is copied."""
+    # keys are cut from a longer buffer, whose rows and heads have equal distances in both
+    if query.dtype == torch.float32 and kernels.ready(query) and keys.stride()[2:] == (query.shape[-1], 1):
+        return kernels.attention(
+            query, keys, values, None if mask is None else mask[:, 0, 0], kind.scaling, kind.softcap
+        )
     rows, heads, size = query.shape
     grouped = query.view(rows, keys.shape[1], -1, size) * kind.scaling
     logits = grouped @ keys.transpose(-1, -2)

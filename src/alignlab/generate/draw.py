@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from alignlab.forward.fused import product
+
 BLOCK = 256
 """Tokens summed together in the first level of the inverse-CDF search; it divides the usual vocabulary sizes."""
 
@@ -58,7 +60,7 @@ def draw_tokens(
     Returns:
         (R,) token ids, and (R,) their logprobs at the sampling temperature (over all tokens, before any filter).
     """
-    logits = (states @ weight.T).to(torch.promote_types(states.dtype, torch.float32))
+    logits = product(states, weight).to(torch.promote_types(states.dtype, torch.float32))
     if softcap is not None:
         logits = logits.div_(softcap).tanh_().mul_(softcap)
     if sampling.temperature != 1:

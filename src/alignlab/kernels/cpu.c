@@ -1,0 +1,275 @@
+/* Loops that PyTorch takes several passes over memory for, in one: float32, rows of contiguous numbers.
+ *
+ * Built by the package itself where there is a C compiler; every function has its PyTorch twin, which says the same up
+ * to rounding. Rows are given as [first, last), so that several threads can share them.
+ */
+#include <math.h>
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
+
+#define LANES 16
+typedef float vec __attribute__((vector_size(4 * LANES)));
+typedef float loose __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
+typedef int32_t ivec __attribute__((vector_size(4 * LANES)));
+
+static inline vec load(const float *from) { return *(const loose *)from; }
+static inline void store(float *to, vec value) { *(loose *)to = value; }
+static inline vec all(float value) { return value - (vec){0}; }
+
+static inline float total(vec v) {
+    typedef float half __attribute__((vector_size(2 * LANES)));
+    typedef float quarter __attribute__((vector_size(LANES)));
+    union { vec whole; half parts[2]; } a = {.whole = v};
+    union { half whole; quarter parts[2]; } b = {.whole = a.parts[0] + a.parts[1]};
+    quarter c = b.parts[0] + b.parts[1];
+    return (c[0] + c[1]) + (c[2] + c[3]);
+}
+
+/* The first `count` numbers, and `fill` in the other lanes. */
+static inline vec load_part(const float *from, long count, float fill) {
+    float lanes[LANES];
+    for (int i = 0; i < LANES; i++) lanes[i] = i < count ? from[i] : fill;
+    return load(lanes);
+}
+
+static inline void store_part(float *to, vec value, long count) {
+    float lanes[LANES];
+    store(lanes, value);
+    memcpy(to, lanes, 4 * count);
+}
+
+/* e^x to 2 units in the last place: 2^n e^r with |r| <= ln 2 / 2, e^r by a polynomial. */
+static inline vec exponential(vec x) {
+    const ivec sign = (ivec)x & (ivec)all(-0.0f);
+    const vec low = all(-87.0f), high = all(88.0f);
+    ivec below = x < low, above = x > high;
+    x = (vec)(((ivec)x & ~below & ~above) | ((ivec)low & below) | ((ivec)high & above));
+    ivec n = __builtin_convertvector(x * 1.44269504088896341f + (vec)((ivec)all(0.5f) | sign), ivec);
+    vec whole = __builtin_convertvector(n, vec);
+    vec r = x - whole * 0.693359375f + whole * 2.12194440e-4f;
+    vec y = all(1.9875691500e-4f);
+    y = y * r + 1.3981999507e-3f;
+    y = y * r + 8.3334519073e-3f;
+    y = y * r + 4.1665795894e-2f;
+    y = y * r + 1.6666665459e-1f;
+    y = y * r + 5.0000001201e-1f;
+    y = y * r * r + r + 1.0f;
+    return y * (vec)((n + 127) << 23);
+}
+
+/* ---- norms ------------------------------------------------------------------------------------------------------ */
+
+/* y = x * factor * (offset + weight) [+ residual], factor = 1 / sqrt(mean x^2 + eps); rows of `size`. */
+void norm_forward(const float *x, const float *weight, const float *residual, float *y, float *factors, long first,
+                  long last, long size, float eps, float offset) {
+    for (long row = first; row < last; row++) {
+        const float *in = x + row * size, *add = residual ? residual + row * size : 0;
+        float *out = y + row * size;
+        vec square = {0};
+        long i = 0;
+        for (; i + LANES <= size; i += LANES) { vec v = load(in + i); square += v * v; }
+        float sum = total(square);
+        for (; i < size; i++) sum += in[i] * in[i];
+        const float factor = 1.0f / sqrtf(sum / size + eps);
+        if (factors) factors[row] = factor;
+        for (i = 0; i + LANES <= size; i += LANES) {
+            vec v = load(in + i) * factor * (load(weight + i) + offset);
+            store(out + i, add ? load(add + i) + v : v);
+        }
+        for (; i < size; i++) out[i] = (add ? add[i] : 0.0f) + in[i] * factor * (weight[i] + offset);
+    }
+}
+
+/* The gradients by x and, unless null, by the weight: added up in double precision every 16 rows. */
+void norm_backward(const float *grad, const float *x, const float *weight, const float *factors, float *grad_x,
+                   double *grad_weight, long first, long last, long size, float offset) {
+    float *sums = grad_weight ? calloc(size, sizeof(float)) : 0;
+    for (long row = first; row < last; row++) {
+        const float *g = grad + row * size, *in = x + row * size, factor = factors[row];
+        float *out = grad_x + row * size;
+        vec along = {0};
+        long i = 0;
+        for (; i + LANES <= size; i += LANES) along += load(g + i) * (load(weight + i) + offset) * load(in + i);
+        float sum = total(along);
+        for (; i < size; i++) sum += g[i] * (weight[i] + offset) * in[i];
+        const float pull = sum * factor * factor / size;
+        for (i = 0; i + LANES <= size; i += LANES) {
+            vec v = load(in + i), down = load(g + i);
+            if (sums) store(sums + i, load(sums + i) + down * v * factor);
+            store(out + i, (down * (load(weight + i) + offset) - v * pull) * factor);
+        }
+        for (; i < size; i++) {
+            if (sums) sums[i] += g[i] * in[i] * factor;
+            out[i] = (g[i] * (weight[i] + offset) - in[i] * pull) * factor;
+        }
+        if (sums && ((row - first) % 16 == 15 || row + 1 == last))
+            for (i = 0; i < size; i++) { grad_weight[i] += sums[i]; sums[i] = 0.0f; }
+    }
+    free(sums);
+}
+
+/* ---- gates ------------------------------------------------------------------------------------------------------ */
+
+/* y = gate * s * up with s = 1 / (1 + e^-(a gate + b gate^3)): SiLU where a = 1 and b = 0, GELU by tanh otherwise. */
+static inline vec sigmoid_of(vec gate, float a, float b) { return 1.0f / (1.0f + exponential(-(gate * (a + b * gate * gate)))); }
+
+void gate_forward(const float *gate, const float *up, float *y, long first, long last, float a, float b) {
+    for (long i = first; i < last; i += LANES) {
+        const long count = last - i;
+        if (count >= LANES) {
+            vec g = load(gate + i);
+            store(y + i, g * sigmoid_of(g, a, b) * load(up + i));
+        } else {
+            vec g = load_part(gate + i, count, 0.0f);
+            store_part(y + i, g * sigmoid_of(g, a, b) * load_part(up + i, count, 0.0f), count);
+        }
+    }
+}
+
+void gate_backward(const float *grad, const float *gate, const float *up, float *grad_gate, float *grad_up, long first,
+                   long last, float a, float b) {
+    for (long i = first; i < last; i += LANES) {
+        const long count = last - i;
+        const int part = count < LANES;
+        vec d = part ? load_part(grad + i, count, 0.0f) : load(grad + i);
+        vec g = part ? load_part(gate + i, count, 0.0f) : load(gate + i);
+        vec u = part ? load_part(up + i, count, 0.0f) : load(up + i);
+        vec s = sigmoid_of(g, a, b);
+        vec by_gate = d * u * (s + g * s * (1.0f - s) * (a + 3.0f * b * g * g)), by_up = d * g * s;
+        if (part) { store_part(grad_gate + i, by_gate, count); store_part(grad_up + i, by_up, count); }
+        else { store(grad_gate + i, by_gate); store(grad_up + i, by_up); }
+    }
+}
+
+/* ---- rotary embeddings ------------------------------------------------------------------------------------------ */
+
+/* y_j = x_j cos_j + sign x_(j + size/2) sin_j: x (rows, heads, size), cos and sin (rows, size). */
+void rotate(const float *x, const float *cos, const float *sin, float *y, long first, long last, long heads, long size,
+            float sign) {
+    const long half = size / 2;
+    for (long row = first; row < last; row++)
+        for (long head = 0; head < heads; head++) {
+            const float *in = x + (row * heads + head) * size, *c = cos + row * size, *s = sin + row * size;
+            float *out = y + (row * heads + head) * size;
+            for (long side = 0; side < 2; side++) {
+                const long at = side * half, other = half - at;
+                long i = 0;
+                for (; i + LANES <= half; i += LANES)
+                    store(out + at + i, load(in + at + i) * load(c + at + i)
+                          + load(in + other + i) * load(s + at + i) * sign);
+                for (; i < half; i++) out[at + i] = in[at + i] * c[at + i] + sign * in[other + i] * s[at + i];
+            }
+        }
+}
+
+/* ---- products of a few rows ------------------------------------------------------------------------------------- */
+
+#define AT_ONCE 4 /* rows of the weight that share what is loaded of x */
+
+/* While some rows of the weight are used, the next ones are asked for in the order in which they lie. */
+#define PRODUCT(ROWS)                                                                                                   \
+    static inline void product_##ROWS(const float *x, const float *weight, float *y, long at, long inner, long outer) { \
+        const float *used = weight + at * inner;                                                                        \
+        vec sums[AT_ONCE][ROWS];                                                                                        \
+        _Pragma("GCC unroll 8") for (int o = 0; o < AT_ONCE; o++)                                                       \
+            _Pragma("GCC unroll 8") for (int r = 0; r < ROWS; r++) sums[o][r] = (vec){0};                               \
+        for (long i = 0; i + LANES <= inner; i += LANES) {                                                              \
+            vec w[AT_ONCE];                                                                                             \
+            _Pragma("GCC unroll 8") for (int o = 0; o < AT_ONCE; o++) {                                                 \
+                w[o] = load(used + o * inner + i);                                                                      \
+                __builtin_prefetch(used + AT_ONCE * (inner + i) + o * LANES);                                           \
+            }                                                                                                           \
+            _Pragma("GCC unroll 8") for (int r = 0; r < ROWS; r++) {                                                    \
+                vec given = load(x + r * inner + i);                                                                    \
+                _Pragma("GCC unroll 8") for (int o = 0; o < AT_ONCE; o++) sums[o][r] += w[o] * given;                   \
+            }                                                                                                           \
+        }                                                                                                               \
+        _Pragma("GCC unroll 8") for (int o = 0; o < AT_ONCE; o++)                                                       \
+            _Pragma("GCC unroll 8") for (int r = 0; r < ROWS; r++) {                                                    \
+                float sum = total(sums[o][r]);                                                                          \
+                for (long i = inner - inner % LANES; i < inner; i++) sum += used[o * inner + i] * x[r * inner + i];     \
+                y[r * outer + at + o] = sum;                                                                            \
+            }                                                                                                           \
+    }
+PRODUCT(1) PRODUCT(2) PRODUCT(3) PRODUCT(4) PRODUCT(5) PRODUCT(6)
+
+/* y (rows, outer) = x (rows, inner) @ weight (outer, inner)^T, reading the weight once; for its rows [first, last),
+ * both multiples of AT_ONCE. */
+void product(const float *x, const float *weight, float *y, long first, long last, long rows, long inner, long outer) {
+    for (long at = first; at < last; at += AT_ONCE)
+        for (long r = 0; r < rows;) {
+            const float *some = x + r * inner;
+            float *out = y + r * outer;
+            const long left = rows - r, take = left > 6 && left < 12 ? (left + 1) / 2 : left < 6 ? left : 6;
+            switch (take) {
+            case 1: product_1(some, weight, out, at, inner, outer); break;
+            case 2: product_2(some, weight, out, at, inner, outer); break;
+            case 3: product_3(some, weight, out, at, inner, outer); break;
+            case 4: product_4(some, weight, out, at, inner, outer); break;
+            case 5: product_5(some, weight, out, at, inner, outer); break;
+            default: product_6(some, weight, out, at, inner, outer); break;
+            }
+            r += take;
+        }
+}
+
+/* ---- attention of one token a row ------------------------------------------------------------------------------- */
+
+/* query (rows, key_heads, shared, size), keys and values (rows, key_heads, count, size) with the given strides between
+ * rows and heads, mask (rows, count) bytes with a stride between rows or null, y like query. cap 0 = none. */
+void attention(const float *query, const float *keys, const float *values, const uint8_t *mask, float *y, long first,
+               long last, long key_heads, long shared, long count, long size, long row_stride, long head_stride,
+               long mask_stride, float scaling, float cap) {
+    const long padded = (count + LANES - 1) / LANES * LANES;
+    float *logits = malloc(padded * sizeof(float));
+    for (long row = first; row < last; row++)
+        for (long head = 0; head < key_heads; head++)
+            for (long q = 0; q < shared; q++) {
+                const long at = ((row * key_heads + head) * shared + q) * size;
+                const float *asked = query + at, *k = keys + row * row_stride + head * head_stride;
+                const float *v = values + row * row_stride + head * head_stride;
+                float top = -INFINITY;
+                for (long i = 0; i < count; i++) {
+                    float logit = -INFINITY;
+                    if (!mask || mask[row * mask_stride + i]) {
+                        vec sum = {0};
+                        long d = 0;
+                        for (; d + LANES <= size; d += LANES) sum += load(asked + d) * load(k + i * size + d);
+                        logit = total(sum);
+                        for (; d < size; d++) logit += asked[d] * k[i * size + d];
+                        logit *= scaling;
+                        if (cap > 0.0f) logit = cap * tanhf(logit / cap);
+                        if (logit > top) top = logit;
+                    }
+                    logits[i] = logit;
+                }
+                for (long i = count; i < padded; i++) logits[i] = -INFINITY;
+                vec mass = {0};
+                for (long i = 0; i < padded; i += LANES) {
+                    vec logit = load(logits + i);
+                    vec weight = (vec)((ivec)exponential(logit - top) & (logit > -INFINITY));
+                    store(logits + i, weight);
+                    mass += weight;
+                }
+                const float scale = 1.0f / total(mass);
+                float *out = y + at;
+                long d = 0;
+                for (; d + LANES <= size; d += LANES) {
+                    vec sum = {0}, odd = {0};
+                    long i = 0;
+                    for (; i + 2 <= count; i += 2) {
+                        sum += logits[i] * load(v + i * size + d);
+                        odd += logits[i + 1] * load(v + (i + 1) * size + d);
+                    }
+                    if (i < count) sum += logits[i] * load(v + i * size + d);
+                    store(out + d, (sum + odd) * scale);
+                }
+                for (; d < size; d++) {
+                    float sum = 0.0f;
+                    for (long i = 0; i < count; i++) sum += logits[i] * v[i * size + d];
+                    out[d] = sum * scale;
+                }
+            }
+    free(logits);
+}
