@@ -21,6 +21,7 @@ import torch
 from torch import nn
 
 import alignlab
+from alignlab import kernels
 from alignlab.algorithms import Models
 from alignlab.checkpoint import find_checkpoint, load_checkpoint, save_checkpoint, seal
 from alignlab.conversation import Template
@@ -551,7 +552,8 @@ class StageRun:
                              "pad_id": self.template.pad_id},
                 "versions": {"python": platform.python_version(), **{p: metadata.version(p) for p in packages}},
                 "machine": {"platform": platform.platform(), "device": str(self.session.device),
-                            "threads": torch.get_num_threads(), "cores": os.cpu_count()},
+                            "threads": torch.get_num_threads(), "cores": os.cpu_count(),
+                            "kernels": kernels.ready()},
                 "command": sys.argv,
                 "started": time.strftime("%Y-%m-%dT%H:%M:%S%z", time.localtime(started)),
             },
