@@ -102,8 +102,8 @@ def test_products(rows: int, inner: int, threads: None) -> None:
     products(rows, inner)
 
 
-def attentions(size: int = 32, softcap: float | None = None, masked: bool = True) -> None:
-    rows, key_heads, shared, count = 5, 2, 3, 21
+def attentions(size: int = 32, softcap: float | None = None, masked: bool = True, shared: int = 3) -> None:
+    rows, key_heads, count = 5, 2, 21
     query = drawn(rows, key_heads * shared, size)
     keys, values = (drawn(rows, key_heads, 30, size, seed=i)[:, :, 4 : 4 + count] for i in (1, 2))
     mask = drawn(rows, 30, seed=3)[:, 2 : 2 + count] > 0
@@ -122,7 +122,8 @@ def attentions(size: int = 32, softcap: float | None = None, masked: bool = True
 @pytest.mark.parametrize("softcap", [None, 2.0])
 @pytest.mark.parametrize("size", [8, 16, 32, 40])
 def test_attention(size: int, softcap: float | None, masked: bool, threads: None) -> None:
-    attentions(size, softcap, masked)
+    for shared in (1, 2, 3, 4, 6):
+        attentions(size, softcap, masked, shared)
 
 
 def test_what_they_take() -> None:
@@ -157,9 +158,11 @@ def test_without_them_nothing_is_missing(environment: dict[str, str], there: boo
         ("load(s + at + i) * sign", "load(s + at + i)", lambda: rotations(32)),
         ("y[r * outer + at + o] = sum", "y[r * outer + at] = sum", lambda: products(6, 16)),
         ("i = inner - inner % LANES", "i = inner", lambda: products(6, 50)),
-        ("-INFINITY;\n                vec mass", "0.0f;\n                vec mass", lambda: attentions()),
-        ("if (i < count) sum +=", "if (0) sum +=", lambda: attentions()),
-        ("cap * tanhf(logit / cap)", "tanhf(logit / cap)", lambda: attentions(softcap=2.0)),
+        ("i < padded; i++) own[i] = -INFINITY", "i < padded; i++) own[i] = 0.0f", lambda: attentions()),
+        ("if (!mask[i]) own[i]", "if (0) own[i]", lambda: attentions()),
+        ("cap * tanhf(own[i] / cap)", "tanhf(own[i] / cap)", lambda: attentions(softcap=2.0)),
+        ("odd = {1, 5, 3, 7}", "odd = {1, 5, 3, 6}", lambda: attentions()),
+        ("for (long e = d; e < size; e++)", "for (long e = size; e < size; e++)", lambda: attentions(40)),
     ],
 )
 def test_mutants_are_noticed(

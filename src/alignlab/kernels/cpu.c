@@ -13,6 +13,9 @@ typedef float vec __attribute__((vector_size(4 * LANES)));
 typedef float loose __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
 typedef int32_t ivec __attribute__((vector_size(4 * LANES)));
 
+/* For loops of a few rounds, known when it is compiled, that are to be written out. */
+#define EACH _Pragma("GCC unroll 8") for
+
 static inline vec load(const float *from) { return *(const loose *)from; }
 static inline void store(float *to, vec value) { *(loose *)to = value; }
 static inline vec all(float value) { return value - (vec){0}; }
@@ -172,21 +175,21 @@ void rotate(const float *x, const float *cos, const float *sin, float *y, long f
     static inline void product_##ROWS(const float *x, const float *weight, float *y, long at, long inner, long outer) { \
         const float *used = weight + at * inner;                                                                        \
         vec sums[AT_ONCE][ROWS];                                                                                        \
-        _Pragma("GCC unroll 8") for (int o = 0; o < AT_ONCE; o++)                                                       \
-            _Pragma("GCC unroll 8") for (int r = 0; r < ROWS; r++) sums[o][r] = (vec){0};                               \
+        EACH (int o = 0; o < AT_ONCE; o++)                                                                              \
+            EACH (int r = 0; r < ROWS; r++) sums[o][r] = (vec){0};                                                      \
         for (long i = 0; i + LANES <= inner; i += LANES) {                                                              \
             vec w[AT_ONCE];                                                                                             \
-            _Pragma("GCC unroll 8") for (int o = 0; o < AT_ONCE; o++) {                                                 \
+            EACH (int o = 0; o < AT_ONCE; o++) {                                                                        \
                 w[o] = load(used + o * inner + i);                                                                      \
                 __builtin_prefetch(used + AT_ONCE * (inner + i) + o * LANES);                                           \
             }                                                                                                           \
-            _Pragma("GCC unroll 8") for (int r = 0; r < ROWS; r++) {                                                    \
+            EACH (int r = 0; r < ROWS; r++) {                                                                           \
                 vec given = load(x + r * inner + i);                                                                    \
-                _Pragma("GCC unroll 8") for (int o = 0; o < AT_ONCE; o++) sums[o][r] += w[o] * given;                   \
+                EACH (int o = 0; o < AT_ONCE; o++) sums[o][r] += w[o] * given;                                          \
             }                                                                                                           \
         }                                                                                                               \
-        _Pragma("GCC unroll 8") for (int o = 0; o < AT_ONCE; o++)                                                       \
-            _Pragma("GCC unroll 8") for (int r = 0; r < ROWS; r++) {                                                    \
+        EACH (int o = 0; o < AT_ONCE; o++)                                                                              \
+            EACH (int r = 0; r < ROWS; r++) {                                                                           \
                 float sum = total(sums[o][r]);                                                                          \
                 for (long i = inner - inner % LANES; i < inner; i++) sum += used[o * inner + i] * x[r * inner + i];     \
                 y[r * outer + at + o] = sum;                                                                            \
@@ -216,60 +219,105 @@ void product(const float *x, const float *weight, float *y, long first, long las
 
 /* ---- attention of one token a row ------------------------------------------------------------------------------- */
 
+/* The totals of four vectors. */
+typedef float quad __attribute__((vector_size(16)));
+static inline quad totals(const vec v[4]) {
+    typedef float half __attribute__((vector_size(2 * LANES)));
+    typedef int32_t order __attribute__((vector_size(16)));
+    quad q[4];
+    for (int i = 0; i < 4; i++) {
+        union { vec whole; half parts[2]; } a = {.whole = v[i]};
+        union { half whole; quad parts[2]; } b = {.whole = a.parts[0] + a.parts[1]};
+        q[i] = b.parts[0] + b.parts[1];
+    }
+    const order even = {0, 4, 2, 6}, odd = {1, 5, 3, 7}, low = {0, 1, 4, 5}, high = {2, 3, 6, 7};
+    quad first = __builtin_shuffle(q[0], q[1], even) + __builtin_shuffle(q[0], q[1], odd);
+    quad second = __builtin_shuffle(q[2], q[3], even) + __builtin_shuffle(q[2], q[3], odd);
+    return __builtin_shuffle(first, second, low) + __builtin_shuffle(first, second, high);
+}
+
+/* `queries` of one row that share their keys and values (count, size); `queries` is a constant where this is used. */
+static inline __attribute__((always_inline)) void attend(const float *query, const float *keys, const float *values,
+                                                         const uint8_t *mask, float *y, float *logits, long count,
+                                                         long size, float scaling, float cap, const int queries) {
+    const long padded = (count + LANES - 1) / LANES * LANES;
+    for (long i = 0; i < count; i += 4) {
+        vec sums[4][4];
+        const float *rows[4]; /* the last key again where there are fewer than four: what comes of it is masked below */
+        EACH (int k = 0; k < 4; k++) rows[k] = keys + (i + k < count ? i + k : count - 1) * size;
+        EACH (int q = 0; q < queries; q++)
+            EACH (int k = 0; k < 4; k++) sums[q][k] = (vec){0};
+        long d = 0;
+        for (; d + LANES <= size; d += LANES)
+            EACH (int k = 0; k < 4; k++) {
+                vec key = load(rows[k] + d);
+                EACH (int q = 0; q < queries; q++) sums[q][k] += load(query + q * size + d) * key;
+            }
+        EACH (int q = 0; q < queries; q++) {
+            quad found = totals(sums[q]);
+            memcpy(logits + q * padded + i, &found, sizeof found);
+            for (long e = d; e < size; e++)
+                for (int k = 0; k < 4; k++) logits[q * padded + i + k] += query[q * size + e] * rows[k][e];
+        }
+    }
+    for (int q = 0; q < queries; q++) {
+        float *own = logits + q * padded;
+        for (long i = count; i < padded; i++) own[i] = -INFINITY;
+        for (long i = 0; i < padded; i += LANES) store(own + i, load(own + i) * scaling);
+        if (cap > 0.0f)
+            for (long i = 0; i < count; i++) own[i] = cap * tanhf(own[i] / cap);
+        if (mask)
+            for (long i = 0; i < count; i++)
+                if (!mask[i]) own[i] = -INFINITY;
+        float top = -INFINITY;
+        for (long i = 0; i < count; i++) top = own[i] > top ? own[i] : top;
+        vec mass = {0};
+        for (long i = 0; i < padded; i += LANES) {
+            vec logit = load(own + i);
+            vec weight = (vec)((ivec)exponential(logit - top) & (logit > -INFINITY));
+            store(own + i, weight);
+            mass += weight;
+        }
+        const float scale = 1.0f / total(mass);
+        for (long i = 0; i < padded; i += LANES) store(own + i, load(own + i) * scale);
+    }
+    long d = 0;
+    for (; d + LANES <= size; d += LANES) {
+        vec sums[4];
+        EACH (int q = 0; q < queries; q++) sums[q] = (vec){0};
+        for (long i = 0; i < count; i++) {
+            vec value = load(values + i * size + d);
+            EACH (int q = 0; q < queries; q++) sums[q] += logits[q * padded + i] * value;
+        }
+        EACH (int q = 0; q < queries; q++) store(y + q * size + d, sums[q]);
+    }
+    for (; d < size; d++)
+        EACH (int q = 0; q < queries; q++) {
+            float sum = 0.0f;
+            for (long i = 0; i < count; i++) sum += logits[q * padded + i] * values[i * size + d];
+            y[q * size + d] = sum;
+        }
+}
+
 /* query (rows, key_heads, shared, size), keys and values (rows, key_heads, count, size) with the given strides between
  * rows and heads, mask (rows, count) bytes with a stride between rows or null, y like query. cap 0 = none. */
 void attention(const float *query, const float *keys, const float *values, const uint8_t *mask, float *y, long first,
                long last, long key_heads, long shared, long count, long size, long row_stride, long head_stride,
                long mask_stride, float scaling, float cap) {
-    const long padded = (count + LANES - 1) / LANES * LANES;
-    float *logits = malloc(padded * sizeof(float));
+    float *logits = malloc(4 * (count + LANES) * sizeof(float));
     for (long row = first; row < last; row++)
-        for (long head = 0; head < key_heads; head++)
-            for (long q = 0; q < shared; q++) {
-                const long at = ((row * key_heads + head) * shared + q) * size;
-                const float *asked = query + at, *k = keys + row * row_stride + head * head_stride;
-                const float *v = values + row * row_stride + head * head_stride;
-                float top = -INFINITY;
-                for (long i = 0; i < count; i++) {
-                    float logit = -INFINITY;
-                    if (!mask || mask[row * mask_stride + i]) {
-                        vec sum = {0};
-                        long d = 0;
-                        for (; d + LANES <= size; d += LANES) sum += load(asked + d) * load(k + i * size + d);
-                        logit = total(sum);
-                        for (; d < size; d++) logit += asked[d] * k[i * size + d];
-                        logit *= scaling;
-                        if (cap > 0.0f) logit = cap * tanhf(logit / cap);
-                        if (logit > top) top = logit;
-                    }
-                    logits[i] = logit;
-                }
-                for (long i = count; i < padded; i++) logits[i] = -INFINITY;
-                vec mass = {0};
-                for (long i = 0; i < padded; i += LANES) {
-                    vec logit = load(logits + i);
-                    vec weight = (vec)((ivec)exponential(logit - top) & (logit > -INFINITY));
-                    store(logits + i, weight);
-                    mass += weight;
-                }
-                const float scale = 1.0f / total(mass);
-                float *out = y + at;
-                long d = 0;
-                for (; d + LANES <= size; d += LANES) {
-                    vec sum = {0}, odd = {0};
-                    long i = 0;
-                    for (; i + 2 <= count; i += 2) {
-                        sum += logits[i] * load(v + i * size + d);
-                        odd += logits[i + 1] * load(v + (i + 1) * size + d);
-                    }
-                    if (i < count) sum += logits[i] * load(v + i * size + d);
-                    store(out + d, (sum + odd) * scale);
-                }
-                for (; d < size; d++) {
-                    float sum = 0.0f;
-                    for (long i = 0; i < count; i++) sum += logits[i] * v[i * size + d];
-                    out[d] = sum * scale;
-                }
+        for (long head = 0; head < key_heads; head++) {
+            const float *k = keys + row * row_stride + head * head_stride;
+            const float *v = values + row * row_stride + head * head_stride;
+            const uint8_t *seen = mask ? mask + row * mask_stride : 0;
+            for (long q = 0; q < shared;) {
+                const long at = ((row * key_heads + head) * shared + q) * size, left = shared - q;
+                const float *asked = query + at;
+                if (left >= 4) attend(asked, k, v, seen, y + at, logits, count, size, scaling, cap, 4), q += 4;
+                else if (left == 3) attend(asked, k, v, seen, y + at, logits, count, size, scaling, cap, 3), q += 3;
+                else if (left == 2) attend(asked, k, v, seen, y + at, logits, count, size, scaling, cap, 2), q += 2;
+                else attend(asked, k, v, seen, y + at, logits, count, size, scaling, cap, 1), q += 1;
             }
+        }
     free(logits);
 }
