@@ -1,4 +1,4 @@
-"""Both decoders give the states of plain forward passes, through prefill, steps and dropped rows."""
+"""All decoders give the states of plain forward passes, through prefill, steps and dropped rows."""
 
 from __future__ import annotations
 
@@ -11,7 +11,11 @@ from torch import Tensor
 from torch.testing import assert_close
 from transformers import MistralConfig, MistralForCausalLM
 
+from alignlab import generate
+from alignlab.forward.decoder import is_known
 from alignlab.generate import decode as module
+from alignlab.generate.decode import FastDecoder, PlainDecoder
+from alignlab.generate.graphs import StaticDecoder
 from tests.stand_ins import ARCHITECTURES, PROMPTS, WINDOW, plain_states, policy_of, random_ids, tiny
 from tests.statistics.mutants import mutated
 from tests.tolerances import Tolerance
@@ -46,18 +50,19 @@ def follow(kind: Any, policy: Any) -> None:
         check(decoder.states)
 
 
-@pytest.mark.parametrize("kind", ["PlainDecoder", "FastDecoder"])
+@pytest.mark.parametrize("kind", [PlainDecoder, FastDecoder, StaticDecoder])
 @pytest.mark.parametrize("adapter", [False, True], ids=["full", "lora"])
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 @torch.no_grad()
-def test_states_are_those_of_plain_passes(architecture: str, adapter: bool, kind: str) -> None:
+def test_states_are_those_of_plain_passes(architecture: str, adapter: bool, kind: Any) -> None:
     policy = policy_of(architecture, adapter)
-    assert module.is_known(module.unwrap(policy))
-    follow(getattr(module, kind), policy)
+    assert is_known(module.unwrap(policy))
+    follow(kind, policy)
 
 
+@pytest.mark.parametrize("kind", [FastDecoder, StaticDecoder])
 @torch.no_grad()
-def test_a_window_in_every_layer() -> None:
+def test_a_window_in_every_layer(kind: Any) -> None:
     """Mistral's, which says so by one number."""
     torch.manual_seed(0)
     config = MistralConfig(
@@ -65,14 +70,14 @@ def test_a_window_in_every_layer() -> None:
         num_key_value_heads=2, sliding_window=WINDOW, initializer_range=0.3,
     )  # fmt: skip
     policy = MistralForCausalLM(config).eval()
-    assert module.is_known(policy)
-    follow(module.FastDecoder, policy)
+    assert is_known(policy)
+    follow(kind, policy)
 
 
 @torch.no_grad()
 def fast(decode: ModuleType, architecture: str) -> None:
     policy = policy_of(architecture, False)
-    assert module.is_known(policy)
+    assert is_known(policy)
     follow(decode.FastDecoder, policy)
 
 
@@ -80,9 +85,9 @@ def test_which_is_chosen() -> None:
     rows = torch.tensor(ROWS)
     policy = tiny()
     with torch.no_grad():
-        assert isinstance(module.start(policy, PROMPTS, rows, 4, 0), module.FastDecoder)
+        assert type(generate.start(policy, PROMPTS, rows, 64, 0)) is FastDecoder
         policy.config.model_type = "something_else"
-        assert isinstance(module.start(policy, PROMPTS, rows, 4, 0), module.PlainDecoder)
+        assert type(generate.start(policy, PROMPTS, rows, 64, 0)) is PlainDecoder
 
 
 @pytest.mark.parametrize(

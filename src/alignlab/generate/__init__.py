@@ -13,9 +13,12 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from torch import Tensor
 
-from alignlab.generate.decode import cache_bytes, start
+from alignlab.forward.decoder import is_known
+from alignlab.generate.decode import Decoder, FastDecoder, PlainDecoder, cache_bytes
 from alignlab.generate.draw import Sampling, draw_tokens, exact
+from alignlab.generate.graphs import StaticDecoder, pays
 from alignlab.models import Model, active, head, unwrap
 from alignlab.timing import span
 from alignlab.types import FinishReason
@@ -180,6 +183,20 @@ def _wave(model: Model, requests: Sequence[_Request], sampling: Sampling, pad_id
         with span("decode"):
             decoder.step(token)
     return [_completion(*row) for row in zip(requests, tokens.tolist(), logprobs.tolist(), strict=True)]
+
+
+def start(model: Model, prompts: Sequence[Sequence[int]], rows: Tensor, limit: int, pad_id: int) -> Decoder:
+    """Reads the prompts, each once, with the fastest decoder that knows the model.
+
+    Args:
+        rows: (R,) the prompt of each row to decode.
+        limit: tokens that will be decoded at most.
+    """
+    if not is_known(unwrap(model)):
+        return PlainDecoder(model, prompts, rows, limit, pad_id)
+    if pays(model, rows.device, limit):
+        return StaticDecoder(model, prompts, rows, limit, pad_id, capture=True)
+    return FastDecoder(model, prompts, rows, limit, pad_id)
 
 
 def _completion(request: _Request, token_ids: list[int], logprobs: list[float]) -> Sampled:

@@ -2,7 +2,7 @@
 
 Two ways that say the same. `PlainDecoder` leaves padding, masks and the growing cache to transformers and so works for
 every architecture. `FastDecoder` runs the prompts packed, without padding, writes keys and values where they stay, and
-cuts every layer's mask from one that is made once.
+cuts every layer's mask from one that is made once. `graphs` has a third, for CUDA.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from alignlab import kernels
 from alignlab.data import left_pad
-from alignlab.forward.decoder import AttentionKind, decode, is_known
+from alignlab.forward.decoder import AttentionKind, decode
 from alignlab.forward.packed import attend, make_layout
 from alignlab.models import Model, trunk, unwrap
 from alignlab.types import RowShapes
@@ -35,17 +35,6 @@ class Decoder(Protocol):
 
     def keep(self, rows: Tensor) -> None:
         """Goes on with the given rows alone; states are then stale until the next step."""
-
-
-def start(model: Model, prompts: Sequence[Sequence[int]], rows: Tensor, limit: int, pad_id: int) -> Decoder:
-    """Reads the prompts, each once.
-
-    Args:
-        rows: (R,) the prompt of each row to decode.
-        limit: tokens that will be decoded at most.
-    """
-    kind = FastDecoder if is_known(unwrap(model)) else PlainDecoder
-    return kind(model, prompts, rows, limit, pad_id)
 
 
 def cache_bytes(model: PreTrainedModel, tokens: int) -> int:
@@ -179,6 +168,21 @@ class _Keys:
         self._seen += 1
         first = _first(self._seen, window)
         return self._held[0][:, :, first : self._seen], self._held[1][:, :, first : self._seen]
+
+    def put(self, keys: Tensor, values: Tensor, column: Tensor) -> tuple[Tensor, Tensor]:
+        """Writes one more token where (1,) says -> (R, key heads, width + limit, D), all there is; `count` it."""
+        for held, new in zip(self._held, (keys, values), strict=True):
+            held.index_copy_(2, column, new[:, :, None])
+        return self._held[0], self._held[1]
+
+    def count(self) -> None:
+        """One more column has been put."""
+        self._seen += 1
+
+    def blank(self) -> None:
+        """Makes numbers of what is not written yet: a mask hides a number, but not a NaN."""
+        for held in self._held:
+            held[:, :, self._seen :] = 0
 
     def keep(self, rows: Tensor) -> None:
         """Drops the other rows, and copies only what is filled."""

@@ -100,7 +100,8 @@ def inverse_cdf(weights: Tensor, uniforms: Tensor) -> Tensor:
     ends = blocks.sum(-1, dtype=exact(weights)).cumsum(-1)
     target = _below(uniforms * ends[:, -1], ends[:, -1])
     block = torch.searchsorted(ends, target[:, None], right=True).clamp_(max=blocks.shape[1] - 1)
-    start = torch.where(block > 0, ends.gather(-1, (block - 1).clamp_(min=0)), 0.0)[:, 0]
+    # no torch.where with a number: on CUDA that copies the number there, and waits for it
+    start = ends.gather(-1, (block - 1).clamp_(min=0)).masked_fill_(block == 0, 0.0)[:, 0]
     inside = blocks[torch.arange(rows, device=weights.device), block[:, 0]].cumsum(-1, dtype=exact(weights))
     rest = _below(target - start, inside[:, -1])
     token = torch.searchsorted(inside, rest[:, None], right=True)
