@@ -2,7 +2,7 @@
 
 Two ways that say the same. `PlainDecoder` leaves padding, masks and the growing cache to transformers and so works for
 every architecture. `FastDecoder` runs the prompts packed, without padding, writes keys and values where they stay, and
-cuts every layer's mask from one that is made once. `graphs` has a third, for CUDA.
+cuts every layer's mask from one that is made once. `graphs` has a third way, for CUDA.
 """
 
 from __future__ import annotations
