@@ -145,6 +145,16 @@ def test_tokens_are_those_of_the_eager_decoder(architecture: str, monkeypatch: p
                 assert_close(torch.tensor(one.logprobs), torch.tensor(other.logprobs), **FLOAT64)
 
 
+def test_equal_prompts_need_no_mask_of_theirs(played: list[PlayedGraph], monkeypatch: pytest.MonkeyPatch) -> None:
+    policy = policy_of("gemma3", True, torch.float64)
+    prompts = random_ids(7, 7, 7)
+    expected = ids(sample(policy, prompts))
+    for kind in (StaticDecoder, captured):
+        with starting(monkeypatch, kind):
+            assert ids(sample(policy, prompts)) == expected
+    assert [graph.replays for graph in played] == [11]
+
+
 @pytest.mark.parametrize("architecture", ["gemma3", "llama"])
 @torch.no_grad()
 def test_dropped_rows_change_nothing(architecture: str, monkeypatch: pytest.MonkeyPatch) -> None:
