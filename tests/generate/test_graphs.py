@@ -1,8 +1,8 @@
 """Steps of fixed shapes: what they sample, which rows they drop, and that a replay needs nothing but the device.
 
-Without CUDA a capture is played: operations are noted while they run, what they changed is put back, and a replay runs
-the same operations on the same tensors. So a number that Python computed and that should move shows as it would in a
-graph.
+Without CUDA a capture is played: PyTorch's operations are noted while they run, what they changed is put back, and a
+replay runs the same operations on the same tensors. So a number that Python computed and that should move shows as it
+would in a graph.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from alignlab import generate as sampler
+from alignlab import kernels
 from alignlab.generate import graphs
 from alignlab.generate.decode import FastDecoder
 from alignlab.generate.draw import Sampling, draw_tokens
@@ -102,7 +103,8 @@ class Stream:
 
 @pytest.fixture
 def played(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[PlayedGraph]]:
-    """Captures are played on the CPU; the graphs made, in order."""
+    """Captures are played on the CPU, without the loops in C, which nothing can note; the graphs made, in order."""
+    monkeypatch.setattr(kernels, "_library", lambda: None)
     PlayedGraph.made.clear()
     monkeypatch.setattr(torch.cuda, "CUDAGraph", PlayedGraph)
     monkeypatch.setattr(torch.cuda, "graph", played_capture)
@@ -153,6 +155,19 @@ def test_equal_prompts_need_no_mask_of_theirs(played: list[PlayedGraph], monkeyp
         with starting(monkeypatch, kind):
             assert ids(sample(policy, prompts)) == expected
     assert [graph.replays for graph in played] == [11]
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@torch.no_grad()
+def test_equal_prompts_eagerly(architecture: str) -> None:
+    """In single precision, with the loops in C where they are there."""
+    policy, prompts = policy_of(architecture, True), random_ids(7, 7)
+    rows = torch.tensor([1, 0, 1])
+    own, other = (kind(policy, prompts, rows, LIMIT, 0) for kind in (StaticDecoder, FastDecoder))
+    for tokens in torch.tensor(random_ids(*[3] * (LIMIT - 1), seed=5)):
+        own.step(tokens)
+        other.step(tokens)
+        assert_close(own.states, other.states, **STATES)
 
 
 @pytest.mark.parametrize("architecture", ["gemma3", "llama"])

@@ -119,13 +119,13 @@ class StaticDecoder(FastDecoder):
         self._column.add_(1)
 
     def _sight(self, window: int | None) -> tuple[Tensor, Tensor]:
-        """Of layers with this window: (1,) the column to write, and the mask of columns to read, (R or 1, 1, 1, K)."""
+        """Of layers with this window: (1,) the column to write, and the mask of columns to read, (R, 1, 1, K)."""
         first = _first(self._width + 1, window)  # where their cache begins
         age = self._column - self._columns[first:]
         seen = age >= 0 if window is None else (age >= 0) & (age < window)
         if self._mask is not None:
             seen = seen & self._mask[:, first:]
-        return self._column - first, seen.view(-1, 1, 1, seen.shape[-1])
+        return self._column - first, seen.expand(len(self._length), -1)[:, None, None]
 
     def _record(self) -> RuntimeError | None:
         """Captures the step, and takes it by a first replay that has to agree with an eager one; or says why not."""
