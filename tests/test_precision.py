@@ -13,13 +13,14 @@ from torch import nn
 from torch.testing import assert_close
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from alignlab import kernels
+from alignlab import forward, kernels
 from alignlab.algorithms.dpo import DPO
 from alignlab.algorithms.grpo import GRPO
 from alignlab.algorithms.ppo import PPO
 from alignlab.algorithms.reward_model import RewardModel
 from alignlab.algorithms.sft import SFT
 from alignlab.checkpoint import load_checkpoint, save_checkpoint
+from alignlab.data import collate
 from alignlab.forward import score
 from alignlab.generate import Sampling, SamplingKey, generate
 from alignlab.models import (
@@ -34,7 +35,7 @@ from alignlab.models import (
 )
 from alignlab.optim import AdamWChoice, Schedule, build_optimizers, parameters_of
 from alignlab.train import train, trained_modules
-from alignlab.types import LoopState
+from alignlab.types import LoopState, Row
 from tests.algorithms.world import Run, build_models, collect, loss_and_gradient, nudge, source, template
 from tests.stand_ins import adapted, batch_of, random_ids, tiny
 from tests.tolerances import BFLOAT16, EXACT, FLOAT32, Tolerance
@@ -319,6 +320,35 @@ def test_sampling_keeps_its_cache(by_modules: None) -> None:
         assert calls() == [5, 4, 4, 4, 4, 4]  # both prompts without padding, then one token of each row
         assert policy.training == recomputed
     assert sampled[0] == sampled[1]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("holding", ["full", "lora", "qlora 4bit", "lora 8bit"])
+def test_packed_rows_are_padded_rows_in_every_precision(
+    base: Path, holding: str, dtype: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A quantised layer is its module's own; 8-bit products round a token by its largest number, and those in bfloat16
+    are of other shapes."""
+    if "bit" in holding:
+        pytest.importorskip("bitsandbytes")
+    choice = ModelChoice(name=str(base), dtype=dtype, **HOLDING[holding])  # type: ignore[arg-type]
+    policy = load_policy(choice, seed=5, device=CPU)
+    size = unwrap(policy).config.get_text_config().vocab_size
+    rows = [((2, 9, 8), 7), ((2, 9, 8), 3), ((2, 5, 8, 11), 12)]
+    ids = [tuple(5 + i % (size - 5) for i in random_ids(n, seed=n)[0]) for _, n in rows]
+    batch = collate([Row(prompt_ids=p, completion_ids=c) for (p, _), c in zip(rows, ids, strict=True)])
+    found = []
+    for pack in (True, False):
+        monkeypatch.setattr(forward, "PACK", pack)
+        policy.zero_grad()
+        logprobs = score(policy, batch).logprobs
+        logprobs.sum().backward()
+        gradients = [p.grad.flatten().float() for p in policy.parameters() if p.grad is not None]
+        found.append((logprobs.detach(), torch.cat(gradients)))
+    (own, gradient), (plain, expected) = found
+    coarse = dtype == "bfloat16" or "8bit" in holding
+    assert_close(own, plain, rtol=0.0, atol=0.1 if coarse else 1e-5)
+    assert expected.norm() > 0 and (gradient - expected).norm() <= (0.1 if coarse else 1e-4) * expected.norm()
 
 
 def test_frozen_trunks_are_quantised_in_every_role(base: Path) -> None:
