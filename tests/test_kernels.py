@@ -126,6 +126,32 @@ def test_attention(size: int, softcap: float | None, masked: bool, threads: None
         attentions(size, softcap, masked, shared)
 
 
+def draws(size: int, softcap: float | None = None, spread: float = 3.0) -> None:
+    logits = spread * drawn(40, size)
+    uniforms = torch.rand(40, generator=torch.Generator().manual_seed(7), dtype=torch.float64)
+    uniforms[0] = 0.0
+    scaled = (logits if softcap is None else softcap * torch.tanh(logits / softcap)).double() / 0.7
+    ends = scaled.softmax(-1).cumsum(-1)
+    expected = torch.searchsorted(ends / ends[:, -1:], uniforms[:, None], right=True).clamp(max=size - 1)
+    tokens, logprobs = kernels.draw(logits.clone(), uniforms, 0.7, softcap)
+    assert torch.equal(tokens[:, None], expected)
+    assert_close(logprobs.double(), scaled.log_softmax(-1).gather(-1, expected)[:, 0], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("softcap", [None, 2.0])
+@pytest.mark.parametrize("size", [1, 9, 50, 255, 256, 257, 1000])
+def test_draws(size: int, softcap: float | None, threads: None) -> None:
+    draws(size, softcap)
+
+
+def test_a_token_without_weight_is_never_drawn(threads: None) -> None:
+    logits = torch.full((3, 600), -1e4)
+    logits[:, 17] = 1.0
+    uniforms = torch.tensor([0.0, 0.5, 1 - 2**-53], dtype=torch.float64)
+    tokens, logprobs = kernels.draw(logits, uniforms, 1.0, None)
+    assert tokens.tolist() == [17] * 3 and logprobs.abs().max() < 1e-6
+
+
 def test_what_they_take() -> None:
     x = drawn(4, 8)
     assert kernels.ready(x, None)
@@ -160,7 +186,11 @@ def test_without_them_nothing_is_missing(environment: dict[str, str], there: boo
         ("i = inner - inner % LANES", "i = inner", lambda: products(6, 50)),
         ("i < padded; i++) own[i] = -INFINITY", "i < padded; i++) own[i] = 0.0f", lambda: attentions()),
         ("if (!mask[i]) own[i]", "if (0) own[i]", lambda: attentions()),
-        ("cap * tanhf(own[i] / cap)", "tanhf(own[i] / cap)", lambda: attentions(softcap=2.0)),
+        ("exponential(v * (2.0f / cap))", "exponential(v / cap)", lambda: attentions(softcap=2.0)),
+        ("left -= masses[b]; continue", "continue", lambda: draws(1000)),
+        ("own[token] - top - (float)log(total)", "own[token] - top", lambda: draws(50)),
+        ("for (long k = count - i; k < LANES; k++) rest[k] = 0.0f;", "", lambda: draws(9, spread=100.0)),
+        ("own[i] /= temperature", "own[i] *= temperature", lambda: draws(50)),
         ("odd = {1, 5, 3, 7}", "odd = {1, 5, 3, 6}", lambda: attentions()),
         ("for (long e = d; e < size; e++)", "for (long e = size; e < size; e++)", lambda: attentions(40)),
     ],

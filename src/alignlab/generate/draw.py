@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from alignlab import kernels
 from alignlab.forward.fused import product
 
 BLOCK = 256
@@ -61,6 +62,8 @@ def draw_tokens(
         (R,) token ids, and (R,) their logprobs at the sampling temperature (over all tokens, before any filter).
     """
     logits = product(states, weight).to(torch.promote_types(states.dtype, torch.float32))
+    if sampling.on_policy and kernels.ready(logits):
+        return kernels.draw(logits, uniforms, sampling.temperature, softcap)
     if softcap is not None:
         logits = logits.div_(softcap).tanh_().mul_(softcap)
     if sampling.temperature != 1:

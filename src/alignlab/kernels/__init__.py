@@ -34,6 +34,7 @@ ARGUMENTS = {
     "rotate": "ppppnnnnx",
     "product": "pppnnnnn",
     "attention": "pppppnnnnnnnnnxx",
+    "draw": "ppppnnnxx",
 }
 """Of every function in C: pointers, whole numbers, floats."""
 PRODUCT_ROWS = 16
@@ -185,3 +186,14 @@ def attention(
         "attention", query, keys, values, mask, y, first, last, key_heads, heads // key_heads, count, size,
         keys.stride(0), keys.stride(1), stride, scaling, softcap or 0.0))  # fmt: skip
     return y
+
+
+def draw(logits: Tensor, uniforms: Tensor, temperature: float, softcap: float | None) -> tuple[Tensor, Tensor]:
+    """The first token whose cumulative probability exceeds the row's number: logits (R, V), which are written over, and
+    uniforms (R,) float64 in [0, 1) -> (R,) tokens, and (R,) their logprobs at that temperature."""
+    tokens, logprobs = logits.new_empty(len(logits), dtype=torch.long), logits.new_empty(len(logits))
+    rows, size = logits.shape
+    numbers = uniforms.double().contiguous()
+    _shared(4 * logits.numel(), rows, lambda first, last: _call(
+        "draw", logits, numbers, tokens, logprobs, first, last, size, temperature, softcap or 0.0))  # fmt: skip
+    return tokens, logprobs

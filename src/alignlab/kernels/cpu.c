@@ -61,6 +61,32 @@ static inline vec exponential(vec x) {
     return y * (vec)((n + 127) << 23);
 }
 
+/* The largest of some numbers. */
+static inline float largest(const float *numbers, long count) {
+    vec top = all(-INFINITY);
+    long i = 0;
+    for (; i + LANES <= count; i += LANES) {
+        vec v = load(numbers + i);
+        ivec larger = v > top;
+        top = (vec)(((ivec)v & larger) | ((ivec)top & ~larger));
+    }
+    float found = -INFINITY;
+    for (int k = 0; k < LANES; k++) found = top[k] > found ? top[k] : found;
+    for (; i < count; i++) found = numbers[i] > found ? numbers[i] : found;
+    return found;
+}
+
+/* cap * tanh(number / cap), in place. */
+static void capped(float *numbers, long count, float cap) {
+    for (long i = 0; i < count; i += LANES) {
+        const long here = count - i;
+        vec v = here < LANES ? load_part(numbers + i, here, 0.0f) : load(numbers + i);
+        v = cap * (1.0f - 2.0f / (exponential(v * (2.0f / cap)) + 1.0f));
+        if (here < LANES) store_part(numbers + i, v, here);
+        else store(numbers + i, v);
+    }
+}
+
 /* ---- norms ------------------------------------------------------------------------------------------------------ */
 
 /* y = x * factor * (offset + weight) [+ residual], factor = 1 / sqrt(mean x^2 + eps); rows of `size`. */
@@ -264,13 +290,11 @@ static inline __attribute__((always_inline)) void attend(const float *query, con
         float *own = logits + q * padded;
         for (long i = count; i < padded; i++) own[i] = -INFINITY;
         for (long i = 0; i < padded; i += LANES) store(own + i, load(own + i) * scaling);
-        if (cap > 0.0f)
-            for (long i = 0; i < count; i++) own[i] = cap * tanhf(own[i] / cap);
+        if (cap > 0.0f) capped(own, count, cap);
         if (mask)
             for (long i = 0; i < count; i++)
                 if (!mask[i]) own[i] = -INFINITY;
-        float top = -INFINITY;
-        for (long i = 0; i < count; i++) top = own[i] > top ? own[i] : top;
+        const float top = largest(own, count);
         vec mass = {0};
         for (long i = 0; i < padded; i += LANES) {
             vec logit = load(own + i);
@@ -320,4 +344,61 @@ void attention(const float *query, const float *keys, const float *values, const
             }
         }
     free(logits);
+}
+
+/* ---- drawing tokens --------------------------------------------------------------------------------------------- */
+
+#define BLOCK 256 /* tokens that are summed together before the search looks into them */
+
+/* The sum of e^(logit - top) over some tokens. */
+static inline double mass_of(const float *logits, long count, float top) {
+    vec sum = {0};
+    long i = 0;
+    for (; i + LANES <= count; i += LANES) sum += exponential(load(logits + i) - top);
+    if (i < count) {
+        vec rest = exponential(load_part(logits + i, count - i, -INFINITY) - top);
+        for (long k = count - i; k < LANES; k++) rest[k] = 0.0f;
+        sum += rest;
+    }
+    double total = 0.0;
+    for (int k = 0; k < LANES; k++) total += sum[k];
+    return total;
+}
+
+/* For each row of logits (rows, count), divided by `temperature` after the cap (0 = none): the first token whose
+ * cumulative probability exceeds the row's uniform number, and its log-probability. `logits` are written over. */
+void draw(float *logits, const double *uniforms, int64_t *tokens, float *logprobs, long first, long last, long count,
+          float temperature, float cap) {
+    const long blocks = (count + BLOCK - 1) / BLOCK;
+    double *masses = malloc(blocks * sizeof(double));
+    for (long row = first; row < last; row++) {
+        float *own = logits + row * count;
+        if (cap > 0.0f) capped(own, count, cap);
+        if (temperature != 1.0f)
+            for (long i = 0; i < count; i++) own[i] /= temperature;
+        const float top = largest(own, count);
+        double total = 0.0;
+        for (long b = 0; b < blocks; b++) {
+            const long begin = b * BLOCK, size = count - begin < BLOCK ? count - begin : BLOCK;
+            masses[b] = mass_of(own + begin, size, top);
+            total += masses[b];
+        }
+        double left = uniforms[row] * total;
+        long token = -1, likely = 0; /* rounding may carry the number past the end: then the last token with a weight */
+        for (long b = 0; b < blocks && token < 0; b++) {
+            if (left >= masses[b]) { left -= masses[b]; continue; }
+            for (long i = b * BLOCK; i < count && i < (b + 1) * BLOCK; i++) {
+                const double weight = expf(own[i] - top);
+                if (weight > 0.0) likely = i;
+                if (left < weight) { token = i; break; }
+                left -= weight;
+            }
+            if (token < 0) token = likely;
+        }
+        if (token < 0)
+            for (token = count - 1; token > 0 && !(expf(own[token] - top) > 0.0f); token--) {}
+        tokens[row] = token;
+        logprobs[row] = own[token] - top - (float)log(total);
+    }
+    free(masses);
 }
