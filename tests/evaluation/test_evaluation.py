@@ -13,7 +13,7 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-from alignlab import evaluation
+from alignlab import evaluation, rollout
 from alignlab.conversation import Template
 from alignlab.data import collate
 from alignlab.errors import UserError
@@ -222,13 +222,13 @@ def test_equal_models_answer_equally_whatever_else_is_asked(folder: Path, templa
 
 def test_two_models_throw_the_same_dice(folder: Path, template: Template, monkeypatch: pytest.MonkeyPatch) -> None:
     thrown: list[list[object]] = []
-    real = evaluation.sample_prompts.__globals__["generate"]
+    real = rollout.generate
 
     def watched(model: object, ids: object, keys: list[object], *args: object, **options: object) -> object:
         thrown.append(keys)
         return real(model, ids, keys, *args, **options)
 
-    monkeypatch.setitem(evaluation.sample_prompts.__globals__, "generate", watched)
+    monkeypatch.setattr(rollout, "generate", watched)
     for model in (load(folder), load(folder, shift=0.5)):
         evaluate_policy(model, PROMPTS, template, SAMPLING)
     assert thrown[0] == thrown[1] and len(set(thrown[0])) == len(PROMPTS)
