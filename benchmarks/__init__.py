@@ -1,9 +1,10 @@
 """alignlab beside the peer (trl): the same model, data, lengths, batch, precision and adapters, in one interleaved run.
 
-    make bench                                   # every case of the table
-    python -m benchmarks grpo-tiny sft-g270      # some of them
-    python -m benchmarks --rounds 9 --threads 1
+    make bench                                   # everything that stands in docs/performance.md
+    python -m benchmarks grpo-tiny sft-g270      # some cases
+    python -m benchmarks scaling                 # cost against length, group, vocabulary, batch and model size
+    python -m benchmarks --device cuda --write   # on a GPU, results and page
 
-cases -> two worker processes each -> seconds of every step, in turn -> medians and ratios -> results.json, the table in
-docs/performance.md.
+cases -> two worker processes each -> seconds of every step, in turn -> medians and ratios -> results-DEVICE.json ->
+the tables in docs/performance.md.
 """

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from alignlab.pipeline import run_recipe, stage
 from alignlab.recipe import load_recipe
-from alignlab.types import Completion, Prompt
-from benchmarks.cases import Case, data, reward_of
+from alignlab.timing import waiting
+from alignlab.types import Completion, LoopState, Prompt
+from benchmarks.cases import SEED, data, reward_of
+from benchmarks.worker import Job, Report, Turn, synchroniser
 
-Turn = Callable[[], None]
-Report = Callable[[dict[str, float]], None]
 ALGORITHMS: dict[str, dict[str, Any]] = {
     "sft": {"learning_rate": 1e-5},
     "reward_model": {"learning_rate": 1e-5},
@@ -32,26 +32,31 @@ def even_words(prompts: list[Prompt], completions: list[Completion]) -> list[flo
     return [reward_of(completion.text) for completion in completions]
 
 
-def recipe(case: Case, model: Path, folder: Path, steps: int) -> Path:
-    """The case as a recipe file."""
+def recipe(job: Job) -> Path:
+    """The job's case as a recipe file."""
+    case, folder = job.case, job.folder
     folder.mkdir(parents=True, exist_ok=True)
-    rows = folder / "data.jsonl"
+    rows, held_out = folder / "data.jsonl", folder / "held-out.jsonl"
     rows.write_text("".join(json.dumps(row) + "\n" for row in data(case)), "utf-8")
+    other = {key: "w2" if key == "prompt" else f"w{i} w{i}" for i, key in enumerate(data(case)[0], 2)}
+    held_out.write_text(json.dumps(other) + "\n", "utf-8")  # a file of its own: all of the others are trained on
     algorithm = {"name": case.method, EACH[case.method]: case.items, **ALGORITHMS[case.method]}
     content: dict[str, Any] = {
-        "model": {"name": str(model), "dtype": "float32"},
+        "seed": SEED,
+        "model": {"name": str(job.model), "dtype": "bfloat16" if job.precision == "bfloat16" else "float32"},
         "data": {
             "path": str(rows),
+            "validation_path": str(held_out),
             "max_prompt_tokens": case.prompt_tokens + 8,
             "max_completion_tokens": case.completion_tokens,
         },
         "algorithm": algorithm,
-        "train": {"num_phases": steps, "save_every": 10**6, "log_completions": 0},
+        "train": {"num_phases": job.steps, "save_every": 10**6, "log_completions": 0},
         "evaluation": {"prompts_per_task": 0},
     }
     if case.adapter:
         content["model"]["adapter"] = {"rank": 8, "alpha": 16}
-    if case.method in ("grpo", "ppo"):
+    if case.sampled:
         algorithm["group_size"] = case.group
         content["reward"] = {"benchmarks.ours:even_words": 1.0}
     path = folder / "recipe.yaml"
@@ -59,42 +64,57 @@ def recipe(case: Case, model: Path, folder: Path, steps: int) -> Path:
     return path
 
 
-def run(case: Case, model: Path, folder: Path, steps: int, turn: Turn, report: Report, device: str = "auto") -> None:
-    """Trains; calls `turn` before every phase and `report` with its seconds after it."""
-    with gated(turn, report):
-        overrides = [f"device={device}", *case.ours]
-        run_recipe(load_recipe(recipe(case, model, folder, steps), overrides), folder / "run", quiet=True)
+def run(job: Job, turn: Turn, report: Report) -> None:
+    """Trains; calls `turn` before every phase and `report` with what it measured after it."""
+    with gated(turn, report, job.device):
+        overrides = [f"device={job.device}", *job.case.ours]
+        run_recipe(load_recipe(recipe(job), overrides), job.folder / "run", quiet=True)
 
 
 @contextmanager
-def gated(turn: Turn, report: Report) -> Iterator[None]:
-    """The stage's training loop, made to wait; what the reference cost before it is shared out among the steps."""
+def gated(turn: Turn, report: Report, device: str = "cpu") -> Iterator[None]:
+    """The stage's training loop, made to wait; what the reference cost before it is shared out among the steps.
+
+    A step is all that happens between two turns: preparing data, training, logging.
+    """
     train, fill = stage.train, stage.fill_reference
-    before = {"reference": 0.0}
+    shared: dict[str, float] = {}
+    synchronise = synchroniser(device)
 
     def filling(*args: Any, num_phases: int, **kwargs: Any) -> Any:
         started = time.perf_counter()
         filled = fill(*args, num_phases=num_phases, **kwargs)
-        before["reference"] = (time.perf_counter() - started) / num_phases
+        shared["reference"] = (time.perf_counter() - started) / num_phases
         return filled
 
-    def waiting(*args: Any, **kwargs: Any) -> Iterator[Any]:
+    def gating(*args: Any, **kwargs: Any) -> Iterator[Any]:
         loop, answer = train(*args, **kwargs), None
+        before: dict[str, float] = {}
         while True:
-            turn()
+            exact = turn()
             started = time.perf_counter()
             try:
-                finished = loop.send(answer)
+                with waiting(synchronise if exact else None):
+                    finished = loop.send(answer)
             except StopIteration:
                 return
-            seconds = time.perf_counter() - started
-            split = {k.removeprefix("time/"): v for k, v in finished.metrics.items() if k.startswith("time/")}
-            tokens = {k: finished.metrics[k] for k in ("completion/length",) if k in finished.metrics}
-            report({"seconds": seconds + before["reference"], **before, **split, **tokens})
+            synchronise()
+            seconds = time.perf_counter() - started + sum(shared.values())
+            parts = {k.removeprefix("time/"): v for k, v in finished.metrics.items() if k.startswith("time/")}
+            parts = {k: v for k, v in parts.items() if k not in ("collect", "step")}  # sums of others
+            tokens, before = consumed(finished.state, before), dict(finished.state.counters)
+            report({"seconds": seconds, **parts, **shared, **tokens}, finished.metrics)
             answer = yield finished
 
-    stage.train, stage.fill_reference = waiting, filling  # type: ignore[assignment]
+    stage.train, stage.fill_reference = gating, filling  # type: ignore[assignment]
     try:
         yield
     finally:
         stage.train, stage.fill_reference = train, fill
+
+
+def consumed(state: LoopState, before: dict[str, float]) -> dict[str, float]:
+    """Tokens and rows of a step, from the ledger after it and before it."""
+    names = {"trained_tokens": "trained_tokens", "generated_tokens": "sampled_tokens", "completions": "sampled_rows"}
+    return {ours: state.counters[name] - before.get(name, 0.0) for name, ours in names.items()
+            if name in state.counters}  # fmt: skip

@@ -1,15 +1,15 @@
-"""The peer's side: trl's trainer for the case, tuned for the machine, that waits for its turn before every step.
+"""The peer's side: trl's trainer for the case, tuned for the machine or with its own defaults, that waits for its turn.
 
-Tuned for the CPU means `bf16=False, gradient_checkpointing=False`; its own defaults (both True) are 2.7 times slower.
+Tuned means the same precision as ours and no gradient checkpointing (`bf16=False, gradient_checkpointing=False` in
+float32). Its own defaults are both True, over weights in float32.
 """
 
 from __future__ import annotations
 
 import time
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
-import torch
 from datasets import Dataset
 from peft import LoraConfig
 from transformers import AutoTokenizer, PrinterCallback, TrainerCallback
@@ -24,83 +24,149 @@ from trl import (
     SFTTrainer,
 )
 
-from benchmarks.cases import Case, data, reward_of
-from benchmarks.ours import Report, Turn
+from benchmarks.cases import SEED, lengths, peer_rows, reward_of
+from benchmarks.worker import Job, Report, Turn, synchroniser
 
 
-class _Gate(TrainerCallback):  # type: ignore[misc]
-    def __init__(self, turn: Turn, report: Report, split: dict[str, float]) -> None:
-        self.turn, self.report, self.split, self.started = turn, report, split, 0.0
+class Stopwatch:
+    """Seconds of one step by part; each part waits for the device where that is asked for."""
+
+    def __init__(self, synchronise: Callable[[], None]) -> None:
+        self.synchronise = synchronise
+        self.exact = False
+        self.parts: dict[str, float] = {}
+
+    def start(self) -> float:
+        if self.exact:
+            self.synchronise()
+        return time.perf_counter()
+
+    def stop(self, part: str, started: float) -> None:
+        if self.exact:
+            self.synchronise()
+        self.parts[part] = self.parts.get(part, 0.0) + time.perf_counter() - started
+
+    def timed(self, function: Callable[..., Any], part: str) -> Callable[..., Any]:
+        """The function, every call of it charged to the part."""
+
+        def timed(*args: Any, **kwargs: Any) -> Any:
+            started = self.start()
+            try:
+                return function(*args, **kwargs)
+            finally:
+                self.stop(part, started)
+
+        timed.__name__ = getattr(function, "__name__", part)  # trl names a reward after its function
+        return timed
+
+
+class Gate(TrainerCallback):  # type: ignore[misc]
+    """A step is all that happens between two turns, as on our side: preparing data, training, logging.
+
+    trl logs every step, and that is the last thing that it does in one.
+    """
+
+    def __init__(self, turn: Turn, report: Report, watch: Stopwatch, tokens: dict[str, Any]) -> None:
+        self.turn, self.report, self.watch, self.tokens = turn, report, watch, tokens
+        self.started = self.stepping = 0.0
 
     def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
-        self.turn()
-        self.split.clear()
-        self.started = time.perf_counter()
+        if not self.started:
+            self._begin()
+
+    def on_pre_optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        self.stepping = self.watch.start()
 
     def on_step_end(self, *args: Any, **kwargs: Any) -> None:
-        self.report({"seconds": time.perf_counter() - self.started, **self.split})
+        self.watch.stop("optimiser", self.stepping)
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float], **kwargs: Any) -> None:
+        if "train_runtime" in logs:  # the summary at the end
+            return
+        self.watch.synchronise()
+        seconds = time.perf_counter() - self.started
+        self.report({"seconds": seconds, **self.watch.parts, **{k: float(v) for k, v in self.tokens.items()}}, logs)
+        self._begin()
+
+    def _begin(self) -> None:
+        self.watch.exact = self.turn()
+        self.watch.parts.clear()
+        self.tokens.clear()
+        self.started = time.perf_counter()
 
 
-def _timed(owner: Any, name: str, key: str, split: dict[str, float]) -> None:
-    function = getattr(owner, name)
-
-    def timed(*args: Any, **kwargs: Any) -> Any:
-        started = time.perf_counter()
-        result = function(*args, **kwargs)
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        split[key] = split.get(key, 0.0) + time.perf_counter() - started
-        return result
-
-    setattr(owner, name, timed)
-
-
-def run(case: Case, model: Path, folder: Path, steps: int, turn: Turn, report: Report, device: str = "auto") -> None:
-    """Trains; calls `turn` before every optimiser step and `report` with its seconds after it."""
-    gpu = torch.cuda.is_available() and device != "cpu"
+def trainer(job: Job, reward: Callable[..., list[float]]) -> Any:
+    """trl's trainer for the job's case, as its users build it."""
+    case, model = job.case, str(job.model)
     common: dict[str, Any] = {
-        "output_dir": str(folder / "trl"), "max_steps": steps, "report_to": [], "save_strategy": "no",
+        "output_dir": str(job.folder / "trl"), "max_steps": job.steps, "report_to": [], "save_strategy": "no",
         "disable_tqdm": True, "learning_rate": 1e-6, "lr_scheduler_type": "constant", "logging_steps": 1,
-        "bf16": False, "gradient_checkpointing": False, "use_cpu": not gpu, "seed": 42,
-        "model_init_kwargs": {"dtype": "float32"},
+        "use_cpu": job.device == "cpu", "seed": SEED,
     }  # fmt: skip
+    if job.side == "trl":
+        brief = job.precision == "bfloat16"
+        dtype = "bfloat16" if brief else "float32"
+        common |= {"bf16": brief, "gradient_checkpointing": False, "model_init_kwargs": {"dtype": dtype}}
     task = "SEQ_CLS" if case.method == "reward_model" else "CAUSAL_LM"
     adapter = LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", task_type=task) if case.adapter else None
-    tokenizer = AutoTokenizer.from_pretrained(model)
-    rows, length = Dataset.from_list(_messages(case)), case.prompt_tokens + case.completion_tokens + 8
-    shared: dict[str, Any] = {"train_dataset": rows, "processing_class": tokenizer, "peft_config": adapter}
-    size = {"per_device_train_batch_size": case.items}
-    trainer: Any
-    match case.method:
-        case "sft":
-            trainer = SFTTrainer(str(model), args=SFTConfig(**common, **size, max_length=length), **shared)
-        case "reward_model":
-            trainer = RewardTrainer(str(model), args=RewardConfig(**common, **size, max_length=length), **shared)
-        case "dpo":
-            trainer = DPOTrainer(str(model), args=DPOConfig(**common, **size, max_length=length), **shared)
-        case "grpo":
-            batch = case.items * case.group
-            arguments = GRPOConfig(
-                **common, per_device_train_batch_size=batch, num_generations=case.group,
-                max_completion_length=case.completion_tokens, beta=0.0, temperature=1.0, top_k=0,
-            )  # fmt: skip
-            trainer = GRPOTrainer(str(model), _reward, args=arguments, **shared)
-        case _:
+    rows, longest = Dataset.from_list(messages(peer_rows(case, job.steps))), case.prompt_tokens + case.completion_tokens
+    shared: dict[str, Any] = {
+        "train_dataset": rows,
+        "processing_class": AutoTokenizer.from_pretrained(model),
+        "peft_config": adapter,
+    }
+    if case.sampled:
+        if case.method != "grpo":
             raise ValueError(f"the peer has no {case.method}")
-    split: dict[str, float] = {}
-    trainer.remove_callback(PrinterCallback)
-    if case.method == "grpo":
-        _timed(trainer, "_generate_and_score_completions", "collect", split)
-    _timed(trainer.accelerator, "backward", "backward", split)
-    trainer.add_callback(_Gate(turn, report, split))
-    trainer.train()
+        arguments = GRPOConfig(
+            **common, per_device_train_batch_size=case.items * case.group, num_generations=case.group,
+            max_completion_length=case.completion_tokens, beta=0.0, temperature=1.0, top_k=0, shuffle_dataset=False,
+        )  # fmt: skip
+        return GRPOTrainer(model, reward, args=arguments, **shared)
+    common |= {
+        "per_device_train_batch_size": case.items,
+        "max_length": longest + 8,
+        "train_sampling_strategy": "sequential",
+    }
+    if case.method == "sft":
+        return SFTTrainer(model, args=SFTConfig(**common), **shared)
+    if case.method == "dpo":
+        return DPOTrainer(model, args=DPOConfig(**common), **shared)
+    return RewardTrainer(model, args=RewardConfig(**common), **shared)
 
 
-def _reward(completions: list[Any], **columns: Any) -> list[float]:
+def run(job: Job, turn: Turn, report: Report) -> None:
+    """Trains; calls `turn` before every optimiser step and `report` with what it measured after it."""
+    watch, tokens = Stopwatch(synchroniser(job.device)), dict[str, Any]()
+    made = trainer(job, watch.timed(reward, "rewards"))
+    made.remove_callback(PrinterCallback)
+    made.model.generate = watch.timed(made.model.generate, "sampling")
+    made.accelerator.backward = watch.timed(made.accelerator.backward, "backward")
+    made.accelerator.clip_grad_norm_ = watch.timed(made.accelerator.clip_grad_norm_, "optimiser")
+    compute = watch.timed(made.compute_loss, "loss")
+    said = [lengths(row)[1] for row in peer_rows(job.case, job.steps)]
+
+    def counting(model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        if job.case.sampled:
+            count = (mask := inputs["completion_mask"]).sum()  # read after the step, so that nothing waits for it here
+            tokens.update(trained_tokens=count, sampled_tokens=count, sampled_rows=len(mask))
+        else:
+            first = made.state.global_step * job.case.items
+            tokens.update(trained_tokens=sum(said[first : first + job.case.items]))
+        return compute(model, inputs, *args, **kwargs)
+
+    made.compute_loss = counting
+    made.add_callback(Gate(turn, report, watch, tokens))
+    made.train()
+
+
+def reward(completions: list[Any], **columns: Any) -> list[float]:
+    """What completions earn, as trl asks for it."""
     texts = [c if isinstance(c, str) else c[0]["content"] for c in completions]
     return [reward_of(text) for text in texts]
 
 
-def _messages(case: Case) -> list[dict[str, Any]]:
+def messages(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The rows as trl reads conversations."""
     roles = {"prompt": "user", "completion": "assistant", "chosen": "assistant", "rejected": "assistant"}
-    return [{k: [{"role": roles[k], "content": v}] for k, v in row.items() if k in roles} for row in data(case)]
+    return [{k: [{"role": roles[k], "content": v}] for k, v in row.items() if k in roles} for row in rows]
