@@ -56,7 +56,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         for side in ("ours", "trl") if options.peer else ("ours",):
             label = name if side == "ours" else f"{name} trl"
             try:
-                record = series(name, setting, side)  # type: ignore[arg-type]
+                record = series(name, setting, side)
             except WorkerFailed as error:
                 failed.append(str(error))
                 print(f"benchmarks: {error}", file=sys.stderr, flush=True)

@@ -136,10 +136,10 @@ def config(case: Case) -> PreTrainedConfig:
 
 
 def make_model(case: Case, folder: Path) -> Path:
-    """The case's model: a folder with random weights and a tokenizer of one token a word, w2, w3, ... being 2, 3, ..."""
+    """The case's model: a folder with random weights and a tokenizer of one token a word, w2, w3 being 2, 3"""
     if (folder / "tokenizer.json").is_file():
         return folder
-    disable_progress_bar()
+    disable_progress_bar()  # type: ignore[no-untyped-call]
     torch.manual_seed(0)
     shaped = config(case)
     model = AutoModelForCausalLM.from_config(shaped, dtype=torch.float32)  # type: ignore[no-untyped-call]
@@ -148,9 +148,10 @@ def make_model(case: Case, folder: Path) -> Path:
     backend = Tokenizer(models.WordLevel(vocabulary, unk_token="w2"))
     backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     backend.add_special_tokens([AddedToken(token, special=True) for token in ("<pad>", "<eos>")])
-    PreTrainedTokenizerFast(
+    tokenizer = PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
         tokenizer_object=backend, pad_token="<pad>", eos_token="<eos>", chat_template=CHAT_TEMPLATE
-    ).save_pretrained(folder)
+    )
+    tokenizer.save_pretrained(folder)
     return folder
 
 

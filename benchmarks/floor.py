@@ -3,7 +3,7 @@
 The floor counts matrix products with the weights, and of sampling one read of all weights for every token of the mean
 length, or the products if they take longer. The prompt counts once a group, the head on completion tokens only and
 never again in the backward pass; no attention, no optimiser, no adapter. The body counts in full for every token,
-though of a prompt the last layer's queries and MLP are not needed, and an implementation may leave them out (ours does).
+though of a prompt the last layer's queries and MLP are not needed, and an implementation may skip them (ours does).
 """
 
 from __future__ import annotations

@@ -9,13 +9,15 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from alignlab.pipeline import run_recipe, stage
+from alignlab.pipeline import run_recipe
+from alignlab.pipeline import stage as stage_module
 from alignlab.recipe import load_recipe
 from alignlab.timing import waiting
 from alignlab.types import Completion, LoopState, Prompt
 from benchmarks.cases import SEED, data, reward_of
 from benchmarks.worker import Job, Report, Turn, synchroniser
 
+stage: Any = stage_module  # whose loop is made to wait
 ALGORITHMS: dict[str, dict[str, Any]] = {
     "sft": {"learning_rate": 1e-5},
     "reward_model": {"learning_rate": 1e-5},
@@ -73,18 +75,18 @@ def run(job: Job, turn: Turn, report: Report) -> None:
 
 @contextmanager
 def gated(turn: Turn, report: Report, device: str = "cpu") -> Iterator[None]:
-    """The stage's training loop, made to wait; what the reference cost before it is shared out among the steps.
+    """The stage's training loop, made to wait.
 
-    A step is all that happens between two turns: preparing data, training, logging.
+    A step is all that happens between two turns, preparing data, training, logging; and its share of the reference's
+    logprobs, where they were computed for all steps before the first.
     """
     train, fill = stage.train, stage.fill_reference
     shared: dict[str, float] = {}
     synchronise = synchroniser(device)
 
     def filling(*args: Any, num_phases: int, **kwargs: Any) -> Any:
-        started = time.perf_counter()
         filled = fill(*args, num_phases=num_phases, **kwargs)
-        shared["reference"] = (time.perf_counter() - started) / num_phases
+        shared["reference"] = filled.seconds / num_phases
         return filled
 
     def gating(*args: Any, **kwargs: Any) -> Iterator[Any]:
@@ -106,7 +108,7 @@ def gated(turn: Turn, report: Report, device: str = "cpu") -> Iterator[None]:
             report({"seconds": seconds, **parts, **shared, **tokens}, finished.metrics)
             answer = yield finished
 
-    stage.train, stage.fill_reference = gating, filling  # type: ignore[assignment]
+    stage.train, stage.fill_reference = gating, filling
     try:
         yield
     finally:

@@ -13,7 +13,7 @@ from typing import Any
 from datasets import Dataset
 from peft import LoraConfig
 from transformers import AutoTokenizer, PrinterCallback, TrainerCallback
-from trl import (
+from trl import (  # type: ignore[attr-defined]
     DPOConfig,
     DPOTrainer,
     GRPOConfig,
@@ -60,7 +60,7 @@ class Stopwatch:
         return timed
 
 
-class Gate(TrainerCallback):  # type: ignore[misc]
+class Gate(TrainerCallback):
     """A step is all that happens between two turns, as on our side: preparing data, training, logging.
 
     trl logs every step, and that is the last thing that it does in one.
@@ -80,7 +80,8 @@ class Gate(TrainerCallback):  # type: ignore[misc]
     def on_step_end(self, *args: Any, **kwargs: Any) -> None:
         self.watch.stop("optimiser", self.stepping)
 
-    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float], **kwargs: Any) -> None:
+    def on_log(self, *args: Any, **kwargs: Any) -> None:
+        logs: dict[str, float] = kwargs["logs"]
         if "train_runtime" in logs:  # the summary at the end
             return
         self.watch.synchronise()
@@ -95,7 +96,7 @@ class Gate(TrainerCallback):  # type: ignore[misc]
         self.started = time.perf_counter()
 
 
-def trainer(job: Job, reward: Callable[..., list[float]]) -> Any:
+def trainer(job: Job, reward: Callable[..., Any]) -> Any:
     """trl's trainer for the job's case, as its users build it."""
     case, model = job.case, str(job.model)
     common: dict[str, Any] = {
@@ -140,7 +141,8 @@ def run(job: Job, turn: Turn, report: Report) -> None:
     watch, tokens = Stopwatch(synchroniser(job.device)), dict[str, Any]()
     made = trainer(job, watch.timed(reward, "rewards"))
     made.remove_callback(PrinterCallback)
-    made.model.generate = watch.timed(made.model.generate, "sampling")
+    if job.case.sampled:
+        made.model.generate = watch.timed(made.model.generate, "sampling")
     made.accelerator.backward = watch.timed(made.accelerator.backward, "backward")
     made.accelerator.clip_grad_norm_ = watch.timed(made.accelerator.clip_grad_norm_, "optimiser")
     compute = watch.timed(made.compute_loss, "loss")

@@ -131,7 +131,7 @@ class Worker:
 
 
 def visible(device: str, given: str | None) -> dict[str, str]:
-    """What a worker sees of the accelerators: none on the CPU, else the one that is measured (trl takes all it sees)."""
+    """Accelerators that a worker sees: none on the CPU, else the measured one (trl takes all it sees)."""
     if not device.startswith("cuda"):
         return {"CUDA_VISIBLE_DEVICES": ""}
     index = int(device.partition(":")[2] or 0)
@@ -180,7 +180,7 @@ def compare(case: Case, machine: Machine, setting: Setting, *, defaults: bool = 
     against, side = opponent(case, defaults=defaults)
     jobs = {
         f"{case.name}, ours": job("ours", case, case.name, setting),
-        f"{case.name}, {side}": job(side, against, f"{case.name}-against-{against.name}", setting),
+        f"{against.name}, {side}": job(side, against, f"{case.name}-against-{against.name}", setting),
     }
     ours, peer = (found.to_json() for found in interleave(jobs, setting).values())
     ratios = [p / o for o, p in zip(ours["rounds"], peer["rounds"], strict=True)]

@@ -1,4 +1,4 @@
-"""What one step costs as one thing grows: an axis -> cases of growing size, in turn -> seconds and memory, and exponents.
+"""What a step costs as one thing grows: an axis -> cases of growing size, in turn -> seconds, memory, exponents.
 
 cost ~ size^exponent; 1 is proportional, 0 is no matter, and a fixed cost beside it makes an exponent look smaller.
 """
