@@ -38,8 +38,10 @@ lint: $(READY)  ## style, formatting and the one direction of imports
 types: $(READY)  ## strict type checks
 	$(BIN)/mypy --strict src
 
-bench: $(READY_ALL)  ## training steps beside trl's, in turn on this machine, about half an hour; writes docs/performance.md
+bench: $(READY_ALL)  ## training steps beside trl's, in turn on this machine, about an hour; writes docs/performance.md
 	$(BIN)/python -m benchmarks --write
+	$(BIN)/python -m benchmarks scaling --peer --write
+	$(BIN)/python -m benchmarks grpo-tiny sft-tiny-varied dpo-tiny-varied sft-g270 --rounds 3 --peer-defaults --write
 
 starter: $(READY)  ## rebuild the shipped starter: data and tokenizer, pretrained model, package assets
 	$(BIN)/python recipes/starter/build.py
