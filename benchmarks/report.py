@@ -171,4 +171,4 @@ def _both(ours: dict[str, Any], peer: dict[str, Any], rate: Any) -> str:
 
 def _exponent(sizes: Sequence[float], costs: Sequence[float]) -> str:
     found = fit(sizes, costs)
-    return f"{found.exponent:.2f}" + (f" ± {found.error:.2f}" if found.error == found.error else "")
+    return f"{round(found.exponent, 2) + 0.0:.2f}" + (f" ± {found.error:.2f}" if found.error == found.error else "")

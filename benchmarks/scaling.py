@@ -100,11 +100,11 @@ def series(name: str, setting: Setting, side: Side = "ours") -> dict[str, Any]:
 
 
 def point(name: str, value: int, case: Case, measured: Measured) -> dict[str, Any]:
-    """One point: the size it counts as, and what it cost."""
+    """One point: the size it counts as, and what it cost, by part too."""
     found = measured.to_json()
     size = float(value)
     if name == "completion":  # some end before the limit
         size = found["sampled_tokens"] / found["sampled_rows"]
     elif name == "size":
         size = float(sum(weights(case)))
-    return {"value": value, "size": size, **{k: found[k] for k in ("seconds", "memory_mb", "rounds")}}
+    return {"value": value, "size": size, **{k: found[k] for k in ("seconds", "parts", "memory_mb", "rounds")}}

@@ -165,9 +165,8 @@ def test_the_floor_of_sft_by_hand() -> None:
 
 def test_the_floor_of_grpo_counts_a_prompt_once_a_group_and_reads_the_weights_for_every_token() -> None:
     """g270: a layer has 640 x 256 x (2 x 4 + 2) + 3 x 640 x 2048 = 5,570,560 weights, 18 of them 100,270,080, the head
-    262,144 x 640 = 167,772,160. One prompt of 64 and 6 x 64 tokens: 448 in the body, 384 in the head, twice 2 operations
-    as they are frozen; 64 reads of 4 bytes each, which take longer than the products of 6 rows; and the prompt's
-    prefill."""
+    262,144 x 640 = 167,772,160. One prompt of 64 and 6 x 64 tokens: 448 in the body, 384 in the head, a frozen weight
+    twice 2 operations; 64 reads of 4 bytes each, which take longer than the products of 6 rows; and the prefill."""
     body, head = 100_270_080, 167_772_160
     case = BY_NAME["grpo-g270"]
     assert weights(case) == (body, head)
@@ -242,8 +241,8 @@ def test_an_exact_power_law_is_found_exactly() -> None:
 
 
 def test_an_exponent_and_its_error_by_hand() -> None:
-    """Logarithms (base 2) 0, 1, 2 against 0, 1, 1: slope 1/2, residuals -1/6, 1/3, -1/6, so the variance is 1/6 over one
-    degree of freedom, and over a spread of 2 the error is sqrt(1/12)."""
+    """Logarithms (base 2) 0, 1, 2 against 0, 1, 1: slope 1/2, residuals -1/6, 1/3, -1/6, so the variance is 1/6 with
+    one degree of freedom, and over a spread of 2 the error is sqrt(1/12)."""
     found = fit([1, 2, 4], [1, 2, 2])
     assert found.exponent == pytest.approx(0.5)
     assert found.error == pytest.approx(math.sqrt(1 / 12))
@@ -283,9 +282,8 @@ def record(**changes: Any) -> dict[str, Any]:
 
 def test_a_case_as_a_row() -> None:
     (row,) = report.steps_table({"sft-g270": record()}).splitlines()[2:]
-    assert (
-        row
-        == "| sft-g270 | 2.00 | 5.00 | **2.50** | 2.40 to 2.75 | 0.800 | 2.5 / 6.2 | 300 / 120 | – | 600 / 1200 | 0.50 |"
+    assert row == (
+        "| sft-g270 | 2.00 | 5.00 | **2.50** | 2.40 to 2.75 | 0.800 | 2.5 / 6.2 | 300 / 120 | – | 600 / 1200 | 0.50 |"
     )
 
 
