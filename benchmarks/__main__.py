@@ -17,7 +17,7 @@ from alignlab.registry import did_you_mean
 from benchmarks import report, results
 from benchmarks.cases import BY_NAME
 from benchmarks.floor import DTYPES, Machine, measure
-from benchmarks.runner import Setting, WorkerFailed, compare, opponent
+from benchmarks.runner import PEERLESS, Setting, WorkerFailed, compare, opponent
 from benchmarks.scaling import AXES, series
 
 EPILOG = f"""\
@@ -34,6 +34,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         report.write_page()
         return
     named_cases, axes = chosen(options.what)
+    if options.peer_defaults:
+        named_cases = [name for name in named_cases if BY_NAME[name].method not in PEERLESS]
     require(named_cases, options)
     folder = options.folder.resolve()
     file = results.path(options.device, None if options.write else folder)

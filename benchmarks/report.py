@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -62,11 +62,13 @@ def parts_table(records: dict[str, Any]) -> str:
 
 
 def logged_table(records: dict[str, Any]) -> str:
-    """How many numbers either side logs of a step."""
-    return _table(
-        ["step", "ours", "peer"],
-        [[name, str(len(r["ours"]["logged"])), str(len(r["peer"]["logged"]))] for name, r in ordered(records)],
-    )
+    """How many numbers either side logs of a step, and whether the entropy, which needs every logit, is one of them."""
+    rows = []
+    for name, r in ordered(records):
+        names = [r["ours"]["logged"], r["peer"]["logged"]]
+        entropy = ["yes" if any("entropy" in one for one in logged) else "no" for logged in names]
+        rows.append([name, *(str(len(logged)) for logged in names), " / ".join(entropy)])
+    return _table(["step", "numbers that ours logs", "that the peer logs", "the entropy"], rows)
 
 
 def defaults_table(records: dict[str, Any]) -> str:
@@ -81,9 +83,9 @@ def scaling_table(records: dict[str, Any]) -> str:
     head = ["against", "side", "sizes", "seconds", "exponent", "of the last step", "memory, MB", "exponent",
             "MB of the last doubling"]  # fmt: skip
     rows = []
-    for name, record in records.items():
+    for name in sorted(records, key=lambda name: list(AXES).index(name.partition(" ")[0])):
         axis, _, side = name.partition(" ")
-        points = record["points"]
+        points = records[name]["points"]
         if len(points) < 2:
             continue
         sizes, seconds, memory = ([point[key] for point in points] for key in ("size", "seconds", "memory_mb"))
@@ -95,24 +97,27 @@ def scaling_table(records: dict[str, Any]) -> str:
     return _table(head, rows)
 
 
-def conditions(records: Iterable[dict[str, Any]]) -> str:
-    """One line for every machine and setting that the records are from."""
-    lines: dict[str, None] = {}
-    for r in records:
+def conditions(records: dict[str, Any]) -> str:
+    """A line for every machine and setting that the records are from, with their names where there are several."""
+    lines: dict[str, list[str]] = {}
+    for name, r in records.items():
         c = r["conditions"]
         about = ", ".join(f"{k} {v}" for k, v in c["versions"].items())
-        lines[f"{c['machine']}, {c['threads']} thread(s), {c['precision']}: {c['gflops']:.0f} Gflop/s in matrix "
-              f"products, {c['gbytes']:.1f} GB/s read; {about}; {c['rounds']} rounds in turn."] = None  # fmt: skip
-    return "\n".join(lines)
+        line = (f"{c['machine']}, {c['threads']} thread(s), {c['precision']}: {c['gflops']:.0f} Gflop/s in matrix "
+                f"products, {c['gbytes']:.1f} GB/s read; {about}; {c['rounds']} rounds in turn.")  # fmt: skip
+        lines.setdefault(line, []).append(name)
+    if len(lines) == 1:
+        return next(iter(lines))
+    return "\n".join(f"* {', '.join(names)}: {line}" for line, names in lines.items())
 
 
 def blocks(results: dict[str, Any], device: str) -> dict[str, str]:
     """Mark on the page -> what stands there."""
     cases, defaults, scaling = results["cases"], results["defaults"], results["scaling"]
     absent = MISSING[device]
-    steps = [steps_table(cases), parts_table(cases), logged_table(cases), conditions(cases.values())]
-    apart = [defaults_table(defaults), conditions(defaults.values())]
-    grown = [scaling_table(scaling), conditions(scaling.values())]
+    steps = [steps_table(cases), parts_table(cases), logged_table(cases), conditions(cases)]
+    apart = [defaults_table(defaults), conditions(defaults)]
+    grown = [scaling_table(scaling), conditions(scaling)]
     return {
         f"{device} steps": "\n\n".join(steps) if cases else absent,
         f"{device} defaults": "\n\n".join(apart) if defaults else absent,

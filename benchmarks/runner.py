@@ -68,7 +68,7 @@ class Measured:
             "parts": {part: split[part] for part in PARTS if part in split},
             "split_seconds": split["seconds"],
             **{k: v for k, v in found.items() if k.endswith(("_tokens", "_rows"))},
-            "memory_mb": self.rows[-1].get("cuda_mb", self.rows[-1]["rss_mb"]),
+            "memory_mb": max(row.get("cuda_mb", row["rss_mb"]) for row in self.rows),
             "rounds": [row["seconds"] for row in self.rows],
             "logged": sorted(self.logged),
         }

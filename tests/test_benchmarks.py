@@ -17,13 +17,14 @@ from typing import Any
 import pytest
 import torch
 
+from alignlab.timing import span
 from alignlab.types import Batch, LoopState
 from benchmarks import report, results
 from benchmarks.__main__ import chosen, main
 from benchmarks.cases import BY_NAME, SEED, Case, config, data, lengths, make_model, peer_rows, reward_of, shorter
 from benchmarks.floor import Machine, floor, mean_lengths, weights
-from benchmarks.ours import recipe, run, stage
-from benchmarks.runner import Setting, Worker, WorkerFailed, compare, medians, opponent, visible
+from benchmarks.ours import gated, recipe, run, stage
+from benchmarks.runner import Measured, Setting, Worker, WorkerFailed, compare, medians, opponent, visible
 from benchmarks.runner import job as job_of
 from benchmarks.scaling import AXES, cases, cheap, fit, growth, last_exponent
 from benchmarks.worker import Job, peak_rss_mb
@@ -301,7 +302,7 @@ def test_the_parts_of_either_side_add_up_to_its_step() -> None:
 
 
 def test_the_other_tables() -> None:
-    assert report.logged_table({"sft-g270": record()}).splitlines()[-1] == "| sft-g270 | 1 | 2 |"
+    assert report.logged_table({"sft-g270": record()}).splitlines()[-1] == "| sft-g270 | 1 | 2 | no / yes |"
     assert report.defaults_table({"sft-g270": record()}).splitlines()[-1] == (
         "| sft-g270 | 2.00 | 5.00 | **2.50** | 2.40 to 2.75 | 600 / 1200 | 0.50 |"
     )
@@ -317,7 +318,10 @@ def test_rows_stand_in_the_order_of_the_cases_and_conditions_once() -> None:
     found = {"sft-g270": record(), "grpo-tiny": record(), "ppo-tiny": record(against="ours, grpo-tiny")}
     names = [line.split(" | ")[0] for line in report.steps_table(found).splitlines()[2:]]
     assert names == ["| grpo-tiny", "| ppo-tiny (beside ours grpo-tiny)", "| sft-g270"]
-    assert len(report.conditions(found.values()).splitlines()) == 1
+    assert len(report.conditions(found).splitlines()) == 1
+    other = record(conditions={**record()["conditions"], "threads": 2})
+    lines = report.conditions({**found, "dpo-g270": other}).splitlines()
+    assert [line.partition(": ")[0] for line in lines] == ["* sft-g270, grpo-tiny, ppo-tiny", "* dpo-g270"]
 
 
 def test_one_record_at_a_time_goes_into_the_file(tmp_path: Path) -> None:
@@ -430,6 +434,51 @@ def test_the_peers_stopwatch_waits_for_the_device_only_in_exact_rounds() -> None
     watch.exact = True
     assert work() == 7 and len(waited) == 2
     assert list(watch.parts) == ["loss"]
+
+
+def test_our_side_reports_its_parts_and_waits_for_the_device_only_where_it_has_to(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A loop of two phases: the first turn is exact, so every span in it waits; after each step the device is waited
+    for once; the reference's second, shared by four steps, is part of every step."""
+    waited: list[int] = []
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: waited.append(1))
+    seen: list[int] = []
+
+    def fill(*args: Any, num_phases: int, **kwargs: Any) -> Any:
+        return SimpleNamespace(seconds=1.0)
+
+    def train(*args: Any, **kwargs: Any) -> Iterator[Any]:
+        for phase in (1, 2):
+            before = len(waited)
+            with span("loss"):
+                pass
+            seen.append(len(waited) - before)
+            state = LoopState(seed=0, phase=phase, counters={"trained_tokens": 10.0 * phase})
+            yield SimpleNamespace(state=state, metrics={"time/loss": 0.5, "time/step": 0.6, "time/collect": 0.1})
+
+    monkeypatch.setattr(stage, "train", train)
+    monkeypatch.setattr(stage, "fill_reference", fill)
+    turns, told = iter([True, False, False]), list[dict[str, float]]()
+    with gated(lambda: next(turns), lambda numbers, logged: told.append(numbers), "cuda"):
+        stage.fill_reference(num_phases=4)
+        assert len(list(stage.train())) == 2
+    assert seen[0] > 0 and seen[1] == 0
+    for numbers in told:
+        assert {k: v for k, v in numbers.items() if k != "seconds"} == {
+            "loss": 0.5, "reference": 0.25, "trained_tokens": 10.0
+        }  # fmt: skip
+        assert 0.25 < numbers["seconds"] < 0.5
+    assert (stage.train, stage.fill_reference) == (train, fill)
+
+
+def test_memory_of_a_gpu_is_the_worst_step_and_its_split_from_the_exact_rounds() -> None:
+    found = Measured(
+        rows=[{"seconds": 1.0, "loss": 0.1, "rss_mb": 900.0, "cuda_mb": m} for m in (50.0, 70.0, 60.0)],
+        exact=[{"seconds": 2.0, "loss": 1.5, "rss_mb": 900.0, "cuda_mb": 80.0}],
+    ).to_json()
+    assert (found["seconds"], found["split_seconds"], found["parts"]) == (1.0, 2.0, {"loss": 1.5})
+    assert found["memory_mb"] == 70.0
 
 
 def test_medians_leave_out_what_a_row_does_not_have() -> None:
