@@ -42,6 +42,7 @@ bench: $(READY_ALL)  ## training steps beside trl's, in turn on this machine, ab
 	$(BIN)/python -m benchmarks --write
 	$(BIN)/python -m benchmarks scaling --peer --write
 	$(BIN)/python -m benchmarks grpo-tiny sft-tiny-varied dpo-tiny-varied sft-g270 --rounds 3 --peer-defaults --write
+	$(BIN)/python -m benchmarks grpo-tiny sft-tiny-varied dpo-tiny-varied sft-g270 --rounds 3 --precision bfloat16 --write
 
 starter: $(READY)  ## rebuild the shipped starter: data and tokenizer, pretrained model, package assets
 	$(BIN)/python recipes/starter/build.py

@@ -5,6 +5,6 @@
     python -m benchmarks scaling                 # cost against length, group, vocabulary, batch and model size
     python -m benchmarks --device cuda --write   # on a GPU, results and page
 
-cases -> two worker processes each -> seconds of every step, in turn -> medians and ratios -> results-DEVICE.json ->
+cases -> two worker processes each -> seconds of every step, in turn -> medians and ratios -> results-*.json ->
 the tables in docs/performance.md.
 """

@@ -38,7 +38,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         named_cases = [name for name in named_cases if BY_NAME[name].method not in PEERLESS]
     require(named_cases, options)
     folder = options.folder.resolve()
-    file = results.path(options.device, None if options.write else folder)
+    file = results.path(results.title(options.device, options.precision), None if options.write else folder)
     torch.set_num_threads(options.threads)
     machine = measure(torch.device(options.device), options.precision)
     failed = []
@@ -87,7 +87,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--write", action="store_true", help="results beside the code, and the page from them")
     options = parser.parse_args(arguments)
     if options.precision is None:
-        options.precision = "bfloat16" if options.device.startswith("cuda") else "float32"
+        options.precision = results.usual_precision(options.device)
     return options
 
 

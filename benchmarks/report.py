@@ -8,11 +8,17 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.cases import BY_NAME
-from benchmarks.results import DEVICES, load, path
+from benchmarks.results import load, path
 from benchmarks.runner import PARTS, ROOT
 from benchmarks.scaling import AXES, fit, growth, last_exponent
 
 PAGE = ROOT / "docs" / "performance.md"
+SHOWN = {
+    "cpu": ("steps", "defaults", "scaling"),
+    "cpu-bfloat16": ("steps",),
+    "cuda": ("steps", "defaults", "scaling"),
+}
+"""Results -> the tables of them that the page has."""
 MISSING = {"cpu": "not measured yet on this version", "cuda": "not measured: no GPU was available"}
 NONE = "–"
 
@@ -111,18 +117,19 @@ def conditions(records: dict[str, Any]) -> str:
     return "\n".join(f"* {', '.join(names)}: {line}" for line, names in lines.items())
 
 
-def blocks(results: dict[str, Any], device: str) -> dict[str, str]:
-    """Mark on the page -> what stands there."""
+def blocks(results: dict[str, Any], title: str) -> dict[str, str]:
+    """Mark on the page -> what stands there; only what the page shows of these results."""
     cases, defaults, scaling = results["cases"], results["defaults"], results["scaling"]
-    absent = MISSING[device]
+    absent = MISSING[title.partition("-")[0]]
     steps = [steps_table(cases), parts_table(cases), logged_table(cases), conditions(cases)]
     apart = [defaults_table(defaults), conditions(defaults)]
     grown = [scaling_table(scaling), conditions(scaling)]
-    return {
-        f"{device} steps": "\n\n".join(steps) if cases else absent,
-        f"{device} defaults": "\n\n".join(apart) if defaults else absent,
-        f"{device} scaling": "\n\n".join(grown) if scaling else absent,
+    found = {
+        "steps": "\n\n".join(steps) if cases else absent,
+        "defaults": "\n\n".join(apart) if defaults else absent,
+        "scaling": "\n\n".join(grown) if scaling else absent,
     }
+    return {f"{title} {kind}": found[kind] for kind in SHOWN[title]}
 
 
 def rendered(page: str, found: dict[str, str]) -> str:
@@ -136,9 +143,9 @@ def rendered(page: str, found: dict[str, str]) -> str:
 
 
 def fresh_page(page: str, folder: Path | None = None) -> str:
-    """The page as the results of all devices have it."""
-    for device in DEVICES:
-        page = rendered(page, blocks(load(path(device, folder)), device))
+    """The page as all results have it."""
+    for title in SHOWN:
+        page = rendered(page, blocks(load(path(title, folder)), title))
     return page
 
 

@@ -1,4 +1,5 @@
-"""Results as JSON beside the code, one file a device: written after every case, so a run cut short loses nothing."""
+"""Results as JSON beside the code, a file for each device and precision: written after every case, so a run cut short
+loses nothing."""
 
 from __future__ import annotations
 
@@ -13,13 +14,24 @@ DEVICES = ("cpu", "cuda")
 
 
 def device_kind(device: str) -> str:
-    """`cuda:1` -> `cuda`: the name under which results of the device lie."""
+    """`cuda:1` -> `cuda`."""
     return device.partition(":")[0]
 
 
-def path(device: str, folder: Path | None = None) -> Path:
-    """The file of a device's results; beside the code unless a folder is given."""
-    return (folder or Path(__file__).parent) / f"results-{device_kind(device)}.json"
+def usual_precision(device: str) -> str:
+    """What is measured on a device unless another is asked for."""
+    return "bfloat16" if device_kind(device) == "cuda" else "float32"
+
+
+def title(device: str, precision: str) -> str:
+    """`cpu`, or `cpu-bfloat16` where the precision is not the device's usual one: what results are known by."""
+    kind = device_kind(device)
+    return kind if precision == usual_precision(device) else f"{kind}-{precision}"
+
+
+def path(title: str, folder: Path | None = None) -> Path:
+    """The file of these results; beside the code unless a folder is given."""
+    return (folder or Path(__file__).parent) / f"results-{title}.json"
 
 
 def load(file: Path) -> dict[str, Any]:

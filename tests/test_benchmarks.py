@@ -325,7 +325,8 @@ def test_rows_stand_in_the_order_of_the_cases_and_conditions_once() -> None:
 
 
 def test_one_record_at_a_time_goes_into_the_file(tmp_path: Path) -> None:
-    file = results.path("cuda:1", tmp_path)
+    assert results.title("cpu", "bfloat16") == "cpu-bfloat16"  # a file of its own, not in place of float32's
+    file = results.path(results.title("cuda:1", "bfloat16"), tmp_path)
     assert file.name == "results-cuda.json"
     results.save(file, "cases", "a", {"ratio": 1})
     results.save(file, "cases", "b", {"ratio": 2})
@@ -340,8 +341,8 @@ def test_one_record_at_a_time_goes_into_the_file(tmp_path: Path) -> None:
 def test_the_page_is_what_the_results_say() -> None:
     page = report.PAGE.read_text("utf-8")
     assert report.fresh_page(page) == page, "run `python -m benchmarks page`"
-    for device in results.DEVICES:
-        for mark in report.blocks(results.load(results.path(device)), device):
+    for title in report.SHOWN:
+        for mark in report.blocks(results.load(results.path(title)), title):
             assert f"<!-- measured: {mark} -->" in page, f"the page has no place for {mark}"
 
 
