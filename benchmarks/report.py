@@ -109,8 +109,9 @@ def conditions(records: dict[str, Any]) -> str:
     for name, r in records.items():
         c = r["conditions"]
         about = ", ".join(f"{k} {v}" for k, v in c["versions"].items())
-        line = (f"{c['machine']}, {c['threads']} thread(s), {c['precision']}: {c['gflops']:.0f} Gflop/s in matrix "
-                f"products, {c['gbytes']:.1f} GB/s read; {about}; {c['rounds']} rounds in turn.")  # fmt: skip
+        side = f"{c['machine']}, {c['threads']} thread(s), {c['precision']}" + (", loops in C" if r["kernels"] else "")
+        rates = f"{c['gflops']:.0f} Gflop/s in matrix products, {c['gbytes']:.1f} GB/s read"
+        line = f"{side}: {rates}; {about}; {c['rounds']} rounds in turn."
         lines.setdefault(line, []).append(name)
     if len(lines) == 1:
         return next(iter(lines))

@@ -193,8 +193,16 @@ def compare(case: Case, machine: Machine, setting: Setting, *, defaults: bool = 
         "ratio": median(ratios),
         "ratios": ratios,
         "memory_ratio": ours["memory_mb"] / peer["memory_mb"],
+        "kernels": kernels(next(iter(jobs.values()))),
         "floor": floor(case, machine, sampled),
     }
+
+
+def kernels(job: Job) -> bool:
+    """Whether our side ran with its loops in C, which float32 on a CPU uses where they can be built."""
+    said = job.folder / "run" / "provenance.json"
+    there = said.is_file() and json.loads(said.read_text("utf-8"))["machine"]["kernels"]
+    return bool(there) and job.device == "cpu" and job.precision == "float32"
 
 
 def opponent(case: Case, *, defaults: bool = False) -> tuple[Case, Side]:

@@ -13,7 +13,7 @@ from typing import Any
 
 from benchmarks.cases import Case, shorter
 from benchmarks.floor import weights
-from benchmarks.runner import Measured, Setting, interleave, job
+from benchmarks.runner import Measured, Setting, interleave, job, kernels
 from benchmarks.worker import Side
 
 BASE = Case(method="grpo", shape="tiny", items=4, group=4)
@@ -95,6 +95,7 @@ def series(name: str, setting: Setting, side: Side = "ours") -> dict[str, Any]:
     found = interleave(jobs, setting).values()
     return {
         "base": json.loads(BASE.to_json()),
+        "kernels": side == "ours" and kernels(next(iter(jobs.values()))),
         "points": [point(name, value, case, m) for (value, case), m in zip(points.items(), found, strict=True)],
     }
 

@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 import torch
 
+from alignlab.kernels import ready
 from alignlab.timing import span
 from alignlab.types import Batch, LoopState
 from benchmarks import report, results
@@ -277,7 +278,7 @@ def record(**changes: Any) -> dict[str, Any]:
              "versions": {"torch": "2.13.0"}}  # fmt: skip
     return {
         "against": "trl", "ours": side(2.0, 600), "peer": side(5.0, 1200, logged=["loss", "entropy"]), "ratio": 2.5,
-        "ratios": [2.4, 2.5, 2.75], "memory_ratio": 0.5, "floor": 0.8, "conditions": about, **changes,
+        "ratios": [2.4, 2.5, 2.75], "memory_ratio": 0.5, "floor": 0.8, "kernels": True, "conditions": about, **changes,
     }  # fmt: skip
 
 
@@ -318,7 +319,11 @@ def test_rows_stand_in_the_order_of_the_cases_and_conditions_once() -> None:
     found = {"sft-g270": record(), "grpo-tiny": record(), "ppo-tiny": record(against="ours, grpo-tiny")}
     names = [line.split(" | ")[0] for line in report.steps_table(found).splitlines()[2:]]
     assert names == ["| grpo-tiny", "| ppo-tiny (beside ours grpo-tiny)", "| sft-g270"]
-    assert len(report.conditions(found).splitlines()) == 1
+    (line,) = report.conditions(found).splitlines()
+    assert line == (
+        "a CPU, 1 thread(s), float32, loops in C: 120 Gflop/s in matrix products, 11.0 GB/s read; torch 2.13.0; "
+        "7 rounds in turn."
+    )
     other = record(conditions={**record()["conditions"], "threads": 2})
     lines = report.conditions({**found, "dpo-g270": other}).splitlines()
     assert [line.partition(": ")[0] for line in lines] == ["* sft-g270, grpo-tiny, ppo-tiny", "* dpo-g270"]
@@ -565,5 +570,6 @@ def test_a_small_case_through_both_workers(name: str, tmp_path: Path) -> None:
     else:  # the same rows in the same rounds
         assert ours["trained_tokens"] == peer["trained_tokens"] > 0
     assert found["floor"] > 0
+    assert found["kernels"] == ready()
     about = record()["conditions"]
     assert f"| {name} | " in report.steps_table({name: {**found, "conditions": about}})
