@@ -602,6 +602,10 @@ def peak_memory(device: torch.device) -> float:
     """Bytes: the accelerator's peak allocation, or the largest resident size of this process so far."""
     if device.type == "cuda":
         return float(torch.cuda.max_memory_allocated(device))
+    status = Path("/proc/self/status")
+    if status.is_file():  # ru_maxrss starts at what the parent had before this program began
+        lines = status.read_text("utf-8").splitlines()
+        return 1024.0 * next(int(line.split()[1]) for line in lines if line.startswith("VmHWM:"))
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return float(peak if sys.platform == "darwin" else peak * 1024)
 
