@@ -22,6 +22,7 @@ from alignlab.algorithms.sft import SFT
 from alignlab.checkpoint import load_checkpoint, save_checkpoint
 from alignlab.data import collate
 from alignlab.forward import score
+from alignlab.forward.packed import runs_packed
 from alignlab.generate import Sampling, SamplingKey, generate
 from alignlab.models import (
     LoraChoice,
@@ -280,6 +281,7 @@ def test_activations_are_recomputed_and_dropout_stays_off(by_modules: None) -> N
     disable_dropout(policy)
     expected = score(policy, BATCH).logprobs
     recompute_activations(policy)
+    runs_packed(trunk(policy), unwrap(policy))
     calls = counted(unwrap(policy).model.layers[0].mlp.act_fn)
     policy.train()
     assert policy.training
@@ -311,6 +313,7 @@ def test_sampling_keeps_its_cache(by_modules: None) -> None:
         policy = adapted(tiny())
         if recomputed:
             recompute_activations(policy)
+        runs_packed(trunk(policy), unwrap(policy))
         calls = counted(trunk(policy).layers[0].mlp.act_fn)
         keys = [SamplingKey(1, 0, "a"), SamplingKey(1, 0, "b")]
         sampling = Sampling(max_completion_tokens=6)

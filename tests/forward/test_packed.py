@@ -11,12 +11,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.testing import assert_close
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from alignlab import forward, kernels
 from alignlab.data import collate
 from alignlab.forward import packed as module
-from alignlab.forward.decoder import is_known
-from alignlab.models import AdapterOff, make_reference, make_reward_model, make_value_model
+from alignlab.forward.decoder import KNOWN
+from alignlab.forward.packed import runs_packed
+from alignlab.models import AdapterOff, make_reference, make_reward_model, make_value_model, trunk
 from alignlab.types import Batch, Row, RowShapes
 from tests.stand_ins import ARCHITECTURES, WINDOW, policy_of, random_ids, tiny
 from tests.statistics.mutants import mutated
@@ -104,7 +106,37 @@ def scores(policy: Any, batch: Batch) -> list[Tensor]:
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_packed_is_padded(architecture: str, made: str, adapter: bool, ways: Ways) -> None:
     policy, batch = policy_of(architecture, adapter), batch_of(made)
-    assert is_known(forward.unwrap(policy))
+    assert runs_packed(trunk(policy), forward.unwrap(policy))
+    ways.agree(lambda: scores(policy, batch), policy)
+
+
+SMALL = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 4, "num_attention_heads": 4,
+         "num_key_value_heads": 2, "initializer_range": 0.3, "pad_token_id": 0}  # fmt: skip
+WINDOWS = {"sliding_window": WINDOW, "layer_types": ["sliding_attention", "full_attention"] * 2}
+TYPES: dict[str, dict[str, Any]] = {
+    "gemma": {"head_dim": 16},
+    "gemma2": {"head_dim": 16, "query_pre_attn_scalar": 20, **WINDOWS},
+    "gemma3_text": {"head_dim": 16, "query_pre_attn_scalar": 20, **WINDOWS},
+    "llama": {"attention_bias": True, "mlp_bias": True},
+    "mistral": {"sliding_window": WINDOW, "head_dim": 16},
+    "qwen2": {"use_sliding_window": True, "max_window_layers": 0, **WINDOWS},
+    "qwen3": {"head_dim": 16, "attention_bias": True},
+    "smollm3": {"no_rope_layers": [1, 0, 1, 0]},
+}
+
+
+@pytest.mark.parametrize("made", ["nothing shared, ragged", "ragged groups and a single row"])
+@pytest.mark.parametrize("kind", KNOWN)
+def test_every_known_type(kind: str, made: str, ways: Ways) -> None:
+    """With what its configuration can do: biases, windows, scales, layers without rotary embeddings."""
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(kind, **SMALL, **TYPES[kind])
+    policy = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    for name, parameter in policy.named_parameters():
+        if parameter.dim() == 1:
+            nn.init.normal_(parameter, 1.0 if "norm" in name and "gemma" not in kind else 0.0, 0.2)
+    assert module.difference(trunk(policy)) < 1e-5
+    batch = batch_of(made)
     ways.agree(lambda: scores(policy, batch), policy)
 
 
@@ -161,6 +193,23 @@ def test_recomputed_activations(made: str, ways: Ways) -> None:
     assert (found - expected).norm() <= GRADIENTS * expected.norm()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_model_that_does_something_else_goes_the_plain_way(dtype: torch.dtype) -> None:
+    """A release whose layers add something new is noticed before a number is wrong, once and in one line."""
+    policy, batch = tiny("llama", dtype=dtype), batch_of("ragged groups and a single row")
+    forget = policy.model.layers[0].register_forward_hook(lambda module, args, out: out + 1)
+    with pytest.warns(UserWarning, match="another release of transformers") as told:
+        found = forward.score(policy, batch).logprobs
+    assert len(told) == 1 and not policy.training
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(forward, "PACK", False)
+        assert torch.equal(found, forward.score(policy, batch).logprobs)
+    forget.remove()
+    policy.train()
+    assert runs_packed(trunk(other := tiny("llama", dtype=dtype).train()), other) and other.training
+    assert all(module.training for module in other.modules())
+
+
 def test_a_batch_without_shapes_and_an_unknown_architecture_go_the_plain_way(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*args: Any, **options: Any) -> Any:
         raise AssertionError("packed")
@@ -209,6 +258,7 @@ def test_the_prompt_is_computed_once_and_nothing_is_padding(monkeypatch: pytest.
     monkeypatch.setattr(kernels, "ready", lambda *_: False)  # so that activations are modules' own
     seen = []
     policy, batch = tiny(), batch_of("ragged groups and a single row")
+    assert runs_packed(trunk(policy), policy)  # which is looked at once
     policy.model.layers[0].mlp.act_fn.register_forward_hook(lambda m, args, out: seen.append(len(out)))
     forward.score(policy, batch)
     completions = 2 + 2 * WINDOW + 7 + 1 + 3 + 2 * WINDOW

@@ -12,10 +12,11 @@ from torch.testing import assert_close
 from transformers import MistralConfig, MistralForCausalLM
 
 from alignlab import generate
-from alignlab.forward.decoder import is_known
+from alignlab.forward.packed import runs_packed
 from alignlab.generate import decode as module
 from alignlab.generate.decode import FastDecoder, PlainDecoder
 from alignlab.generate.graphs import StaticDecoder
+from alignlab.models import trunk, unwrap
 from tests.stand_ins import ARCHITECTURES, PROMPTS, WINDOW, plain_states, policy_of, random_ids, tiny
 from tests.statistics.mutants import mutated
 from tests.tolerances import Tolerance
@@ -56,7 +57,7 @@ def follow(kind: Any, policy: Any) -> None:
 @torch.no_grad()
 def test_states_are_those_of_plain_passes(architecture: str, adapter: bool, kind: Any) -> None:
     policy = policy_of(architecture, adapter)
-    assert is_known(module.unwrap(policy))
+    assert runs_packed(trunk(policy), unwrap(policy))
     follow(kind, policy)
 
 
@@ -70,14 +71,14 @@ def test_a_window_in_every_layer(kind: Any) -> None:
         num_key_value_heads=2, sliding_window=WINDOW, initializer_range=0.3,
     )  # fmt: skip
     policy = MistralForCausalLM(config).eval()
-    assert is_known(policy)
+    assert runs_packed(trunk(policy), policy)
     follow(kind, policy)
 
 
 @torch.no_grad()
 def fast(decode: ModuleType, architecture: str) -> None:
     policy = policy_of(architecture, False)
-    assert is_known(policy)
+    assert runs_packed(trunk(policy), policy)
     follow(decode.FastDecoder, policy)
 
 

@@ -14,9 +14,10 @@ from torch.testing import assert_close
 
 from alignlab import generate as module
 from alignlab.forward import score
+from alignlab.forward.packed import runs_packed
 from alignlab.generate import CACHE_MB, Sampled, Sampling, SamplingKey
 from alignlab.generate.decode import cache_bytes
-from alignlab.models import AdapterOff, make_value_model, trunk
+from alignlab.models import AdapterOff, make_value_model, trunk, unwrap
 from tests.stand_ins import (
     ARCHITECTURES,
     PROMPTS,
@@ -94,7 +95,8 @@ def chosen(
 
 @contextmanager
 def widths(policy: Any) -> Iterator[list[int]]:
-    """How many tokens pass through the trunk at once."""
+    """How many tokens pass through the trunk at once, after the first look at it."""
+    runs_packed(trunk(policy), unwrap(policy))
     seen: list[int] = []
     hook = trunk(policy).embed_tokens.register_forward_pre_hook(  # type: ignore[union-attr]
         lambda _, given: seen.append(given[0].numel())

@@ -13,8 +13,8 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from alignlab.forward.decoder import decode, is_known
-from alignlab.forward.packed import Wanted, attend, make_layout
+from alignlab.forward.decoder import decode
+from alignlab.forward.packed import Wanted, attend, make_layout, runs_packed
 from alignlab.functional.divergence import reverse_kl
 from alignlab.functional.logprobs import token_logprobs, token_logprobs_and_entropy
 from alignlab.models import Model, ScalarModel, active, head, trunk, unwrap
@@ -49,7 +49,7 @@ class Scores:
 def trunk_states(model: Model, batch: Batch, wanted: Wanted = "all") -> States:
     """The trunk's states of a batch: packed into one row where the model can, else padded; see `packed`."""
     inner = unwrap(model)
-    if PACK and batch.shapes is not None and is_known(inner):
+    if PACK and batch.shapes is not None and runs_packed(trunk(model), inner):
         layout = make_layout(batch.shapes, batch.input_ids.shape[1], batch.input_ids.device, wanted)
         ids = batch.input_ids.flatten()[layout.tokens]
         with active(model):

@@ -10,16 +10,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from alignlab.forward.fused import gated, linear, norm, rotate
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
 
 KNOWN = ("gemma", "gemma2", "gemma3_text", "llama", "mistral", "qwen2", "qwen3", "smollm3")
 """Types of models whose layers have this form; any other architecture goes the plain way."""
@@ -41,11 +38,6 @@ class AttentionKind:
 
 Attend = Callable[[AttentionKind, Tensor, Tensor, Tensor], Tensor]
 """Queries (N, heads, D), keys and values (N, key heads, D) -> (N, heads, D); in the last layer perhaps M queries."""
-
-
-def is_known(model: PreTrainedModel) -> bool:
-    """Whether `decode` gives this model's states."""
-    return model.config.get_text_config().model_type in KNOWN
 
 
 def decode(

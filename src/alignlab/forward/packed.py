@@ -10,16 +10,22 @@ additions; what is saved is padding, and a prompt's forward and backward pass fo
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Literal, NamedTuple
+from functools import partial
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, cast
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
-from alignlab.forward.decoder import AttentionKind
+from alignlab.forward.decoder import KNOWN, AttentionKind, decode
 from alignlab.types import RowShapes
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 STRETCH = 64
 """Queries of a stretch at most: shorter ones mask less of their square, and are more to handle."""
@@ -199,6 +205,51 @@ def _group(
         allowed=allowed.to(device, non_blocking=True),
     )
     return group, rows, columns
+
+
+_agreed: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
+
+
+def runs_packed(decoder: nn.Module, model: PreTrainedModel) -> bool:
+    """Whether a model runs on packed rows: its type is known, and its own forward pass says the same of a few tokens.
+
+    The second is looked at once for each decoder: a configuration or release of `transformers` that does something else
+    costs speed and a warning, and no wrong number.
+    """
+    if model.config.get_text_config().model_type not in KNOWN:
+        return False
+    if decoder not in _agreed:
+        _agreed[decoder] = difference(decoder) <= _tolerance(model)
+        if not _agreed[decoder]:
+            warnings.warn(
+                f"{type(decoder).__name__} computes something else than packed rows do (another release of "
+                "transformers?); rows are padded, which is slower",
+                stacklevel=2,
+            )
+    return _agreed[decoder]
+
+
+def _tolerance(model: PreTrainedModel) -> float:
+    exact = model.dtype.itemsize >= 4 and getattr(model, "quantization", None) is None
+    return 1e-3 if exact else 5e-2
+
+
+@torch.no_grad()
+def difference(decoder: nn.Module) -> float:
+    """||packed - plain|| / ||plain|| of the states of a few tokens, without dropout."""
+    training = [module for module in decoder.modules() if module.training]
+    decoder.eval()
+    try:
+        embedding = cast(nn.Embedding, cast(Any, decoder).get_input_embeddings())
+        device, size = embedding.weight.device, embedding.num_embeddings
+        ids = torch.arange(11, 11 + 9 * 7, 7, device=device) % size
+        layout = make_layout(RowShapes((len(ids),), (0,), (0,)), len(ids), device)
+        own = decode(decoder, ids, layout.positions, partial(attend, layout)).float()
+        plain = decoder(input_ids=ids[None], use_cache=False).last_hidden_state[0].float()
+    finally:
+        for module in training:
+            module.training = True
+    return float((own - plain).norm() / plain.norm())
 
 
 def attend(layout: Layout, kind: AttentionKind, query: Tensor, key: Tensor, value: Tensor) -> Tensor:

@@ -15,11 +15,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from alignlab.forward.decoder import is_known
+from alignlab.forward.packed import runs_packed
 from alignlab.generate.decode import Decoder, FastDecoder, PlainDecoder, cache_bytes
 from alignlab.generate.draw import Sampling, draw_tokens, exact
 from alignlab.generate.graphs import StaticDecoder, pays
-from alignlab.models import Model, active, head, unwrap
+from alignlab.models import Model, active, head, trunk, unwrap
 from alignlab.timing import span
 from alignlab.types import FinishReason
 
@@ -192,7 +192,7 @@ def start(model: Model, prompts: Sequence[Sequence[int]], rows: Tensor, limit: i
         rows: (R,) the prompt of each row to decode.
         limit: tokens that will be decoded at most.
     """
-    if not is_known(unwrap(model)):
+    if not runs_packed(trunk(model), unwrap(model)):
         return PlainDecoder(model, prompts, rows, limit, pad_id)
     if pays(model, rows.device, limit):
         return StaticDecoder(model, prompts, rows, limit, pad_id, capture=True)

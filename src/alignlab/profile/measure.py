@@ -21,8 +21,8 @@ from torch import nn
 from alignlab.algorithms import Algorithm, Models
 from alignlab.checkpoint import save_checkpoint
 from alignlab.diagnosis import DiagnosisLimits
-from alignlab.forward.decoder import is_known
-from alignlab.models import keep_activations, num_parameters, recompute_activations, unwrap
+from alignlab.forward.packed import runs_packed
+from alignlab.models import keep_activations, num_parameters, recompute_activations, trunk, unwrap
 from alignlab.optim import Schedule
 from alignlab.pipeline.items import of_evaluation
 from alignlab.pipeline.reference import UsesReference, run_rows
@@ -169,7 +169,7 @@ class Counting:
     def __init__(self, algorithm: Algorithm, models: Models) -> None:
         self._algorithm, self.work = algorithm, Work()
         trained = models.get("policy", models.get("reward_model"))
-        self._packs = is_known(unwrap(trained))
+        self._packs = runs_packed(trunk(trained), unwrap(trained))
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._algorithm, name)
