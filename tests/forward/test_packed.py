@@ -68,6 +68,7 @@ class Ways:
             monkeypatch.setattr(forward, name, getattr(packed, name))
         for name, small in {"STRETCH": 4, "ROUND": 2, "OVERHEAD": 8}.items():  # as large ones are to long rows
             monkeypatch.setattr(packed, name, small)
+        packed._remembered.cache_clear()
 
     def both(self, function: Any, model: nn.Module) -> tuple[list[Tensor], list[Tensor]]:
         """What the function gives, and the gradients of all that is trained; packed first."""

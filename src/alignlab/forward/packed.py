@@ -13,7 +13,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import partial
+from functools import lru_cache, partial
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, cast
 from weakref import WeakKeyDictionary
 
@@ -33,6 +33,8 @@ ROUND = 16
 """Numbers of keys are told apart up to multiples of this."""
 OVERHEAD = 4096
 """What a further group of stretches costs, in pairs of a query and a key."""
+REMEMBERED = 8192
+"""Tokens up to which a layout is kept for the next model that sees the same rows: its masks take memory."""
 NOWHERE = 2**40
 """Index of a state that is not there."""
 
@@ -85,9 +87,11 @@ class Layout:
 
     def groups(self, window: int | None, last: bool) -> tuple[list[Group], Tensor]:
         """What asks, in groups, and (N,) or (M,) where in all their results, one group after the other, each is."""
+        asking, place = self.asking[last], self.places[last]
+        if window is not None and window >= self.places[0].shape[1]:
+            window = None  # which no row is long enough for
         if (window, last) not in self.known:
             device, found, start = self.tokens.device, [], 0
-            asking, place = self.asking[last], self.places[last]
             where = torch.zeros(sum(s.last - s.first for s in asking), dtype=torch.long)
             for members in _grouped(asking, window):
                 group, rows, columns = _group(members, window, place, self.places[0], device)
@@ -99,7 +103,15 @@ class Layout:
 
 
 def make_layout(shapes: RowShapes, width: int, device: torch.device, wanted: Wanted = "all") -> Layout:
-    """Computed on the host from lengths alone, so that no accelerator has to be waited for; `width` is T."""
+    """Computed on the host from lengths alone, so that no accelerator has to be waited for; `width` is T.
+
+    The last ones are remembered: critic, reference and policy see the same rows, epoch by epoch.
+    """
+    make = _remembered if sum(shapes.lengths) <= REMEMBERED else _made
+    return make(shapes, width, device, wanted)
+
+
+def _made(shapes: RowShapes, width: int, device: torch.device, wanted: Wanted) -> Layout:
     members: dict[int, list[int]] = {}
     for row, prompt in enumerate(shapes.prompts):
         members.setdefault(prompt, []).append(row)
@@ -139,6 +151,9 @@ def make_layout(shapes: RowShapes, width: int, device: torch.device, wanted: Wan
         asking=(_cut(spans), _cut(wants)),
         places=(place, state),
     )
+
+
+_remembered = lru_cache(maxsize=4)(_made)
 
 
 def _wanted(span: Stretch, shapes: RowShapes, siblings: dict[int, list[int]], wanted: Wanted) -> Stretch:
@@ -196,7 +211,7 @@ def _group(
     begin = torch.tensor([_first_key(s, window) for s in stretches])[:, None]
     columns = torch.minimum(first + torch.arange(int((last - first).max())), last - 1)  # (S, L)
     keys = begin + torch.arange(int((last - begin).max()))  # (S, K)
-    distance = columns[:, :, None] - keys[:, None, :]  # below 0 for keys that are not real, too
+    distance = columns.int()[:, :, None] - keys.int()[:, None, :]  # below 0 for keys that are not real, too
     allowed = distance >= 0 if window is None else (distance >= 0) & (distance < window)
     rows = rows.expand(columns.shape)
     group = Group(
