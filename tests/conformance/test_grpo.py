@@ -315,5 +315,6 @@ def test_mutants() -> None:
 
     assert not gap(changed(old_logprobs=lambda b: 1.01 * b.old_logprobs), right).small
     assert not gap(changed(reference_logprobs=lambda b: b.old_logprobs), right).small
-    assert not gap(changed(completion_mask=lambda b: b.attention_mask), right).small
+    prompts_too = {"completion_mask": lambda b: b.attention_mask, "shapes": lambda b: b.as_text().shapes}
+    assert not gap(changed(**prompts_too), right).small
     assert not gap(our_step(run, dataclasses.replace(step, normaliser=11.0)), right).small

@@ -90,7 +90,8 @@ def test_padding_is_told_by_the_mask(monkeypatch: pytest.MonkeyPatch) -> None:
 def before_the_stop(batch: Batch) -> Batch:
     """The batch as if no row had its last token."""
     mask = batch.attention_mask
-    return dataclasses.replace(batch, attention_mask=mask & torch.cat([mask[:, 1:], torch.zeros_like(mask[:, :1])], 1))
+    shorter = mask & torch.cat([mask[:, 1:], torch.zeros_like(mask[:, :1])], 1)
+    return dataclasses.replace(batch, attention_mask=shorter, shapes=None)
 
 
 def test_mutants() -> None:

@@ -69,7 +69,7 @@ def test_mutants() -> None:
     assert gap(our_step(run, step), right).small
     stopless = Step(tuple(without_last_token(b) for b in step.microbatches), step.normaliser - 8)
     whole = Step(
-        tuple(dataclasses.replace(b, completion_mask=b.attention_mask) for b in step.microbatches),
+        tuple(b.as_text() for b in step.microbatches),
         float(sum(int(b.attention_mask[:, 1:].sum()) for b in step.microbatches)),
     )
     means = [Step((b,), float(b.completion_mask.sum())) for b in step.microbatches]

@@ -250,7 +250,7 @@ def test_states_that_are_not_wanted_are_not_there() -> None:
     assert batch.shapes is not None and len(states.flat) == 3 + sum(
         n - p - 1 for n, p in zip(batch.shapes.lengths, batch.shapes.prompt_lengths, strict=True)
     )
-    with pytest.raises(IndexError):
+    with pytest.raises(IndexError, match="masks name other tokens than its `shapes`"):
         states.at(torch.tensor([0]), torch.tensor([1]))
 
 

@@ -33,8 +33,18 @@ class States:
     place: Tensor  # (B, T) index into them; out of their range where no state was wanted
 
     def at(self, rows: Tensor, columns: Tensor) -> Tensor:
-        """(M, H)"""
-        return self.flat[self.place[rows, columns]]
+        """(M, H)
+
+        Raises:
+            IndexError: of a token whose state was not wanted.
+        """
+        try:
+            return self.flat[self.place[rows, columns]]
+        except IndexError as error:
+            raise IndexError(
+                "a state that was not computed: the batch's masks name other tokens than its `shapes`; replace both "
+                "(shapes None: nothing is known of the rows)"
+            ) from error
 
 
 @dataclass(frozen=True, slots=True)
