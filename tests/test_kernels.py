@@ -152,6 +152,18 @@ def test_a_token_without_weight_is_never_drawn(threads: None) -> None:
     assert tokens.tolist() == [17] * 3 and logprobs.abs().max() < 1e-6
 
 
+@pytest.mark.skipif(not hasattr(os, "register_at_fork"), reason="this system does not fork")
+def test_a_forked_process_has_threads_of_its_own() -> None:
+    code = (
+        "import os, torch; from alignlab import kernels;"
+        "torch.set_num_threads(3); kernels.SPLIT = 8; x = torch.ones(64, 32);"
+        "kernels.gate(x, x, 1.0, 0.0); child = os.fork();"
+        "os._exit(0) if child == 0 and kernels.gate(x, x, 1.0, 0.0) is not None else print(os.waitpid(child, 0)[1])"
+    )
+    ran = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, timeout=60)
+    assert ran.stdout.strip() == "0", ran.stderr
+
+
 def test_what_they_take() -> None:
     x = drawn(4, 8)
     assert kernels.ready(x, None)

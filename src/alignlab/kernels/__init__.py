@@ -63,8 +63,8 @@ def _library() -> ctypes.CDLL | None:
 
 def _built(compiler: str) -> Path:
     """The path of the library, made if it is not there: one for each source, compiler and processor."""
-    told = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=True, timeout=30).stdout
-    what = "\0".join([SOURCE.read_text("utf-8"), *FLAGS, told, platform.machine(), _processor()])
+    told = subprocess.run([compiler, "--version"], capture_output=True, check=True, timeout=30).stdout
+    what = "\0".join([SOURCE.read_text("utf-8"), *FLAGS, told.hex(), platform.machine(), _processor()])
     cache = Path(os.environ.get("ALIGNLAB_CACHE") or Path.home() / ".cache" / "alignlab") / "kernels"
     library = cache / f"{hashlib.sha256(what.encode()).hexdigest()[:16]}.so"
     if not library.is_file():
@@ -80,7 +80,7 @@ def _built(compiler: str) -> Path:
 def _processor() -> str:
     """What -march=native depends on, so that a cache shared by several machines serves each its own."""
     try:
-        lines = Path("/proc/cpuinfo").read_text("utf-8").splitlines()
+        lines = Path("/proc/cpuinfo").read_text("utf-8", errors="replace").splitlines()
     except OSError:
         return platform.processor()
     return next((line for line in lines if line.startswith(("flags", "Features"))), platform.processor())
@@ -97,6 +97,10 @@ def ready(*tensors: Tensor | None) -> bool:
 @lru_cache(maxsize=1)
 def _threads() -> ThreadPoolExecutor:
     return ThreadPoolExecutor(torch.get_num_threads(), thread_name_prefix="alignlab-kernels")
+
+
+if hasattr(os, "register_at_fork"):  # a forked process has no threads, and would wait for them for ever
+    os.register_at_fork(after_in_child=_threads.cache_clear)
 
 
 def _shared(work: int, rows: int, function: Callable[[int, int], object], multiple: int = 1) -> None:
