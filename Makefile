@@ -11,8 +11,8 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check -qq
 READY := .venv/.alignlab-setup
 READY_ALL := .venv/.alignlab-setup-all
 UNFINISHED := .venv/.alignlab-unfinished
-DEV := dev,tracking
-ALL := $(DEV),quant,conformance
+DEV := dev,tracking,metrics,judge
+ALL := $(DEV),quant,conformance,encoder,lm-eval
 
 .PHONY: help setup demo test test-all lint types bench starter constraints clean
 

@@ -18,7 +18,8 @@ from typing import Any
 import pytest
 
 import alignlab as package
-from alignlab import cli, pipeline, registry
+from alignlab import pipeline, registry
+from alignlab.cli import common
 from alignlab.data.files import SUFFIXES
 from alignlab.data.formats import FIELDS
 from alignlab.pipeline.stage import Lock
@@ -715,8 +716,10 @@ def test_the_recipes_and_files_of_the_readme_are_there() -> None:
 
 def test_shipped_recipes_are_found_from_anywhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    assert cli._find(Path("recipes/starter/sft.yaml")).is_file()
+    assert common.find_recipe(Path("recipes/starter/sft.yaml")).is_file()
     (tmp_path / "recipes" / "starter").mkdir(parents=True)
     own = tmp_path / "recipes" / "starter" / "sft.yaml"
     own.write_text("algorithm: sft\n", "utf-8")
-    assert cli._find(Path("recipes/starter/sft.yaml")) == Path("recipes/starter/sft.yaml")  # one's own goes first
+    assert common.find_recipe(Path("recipes/starter/sft.yaml")) == Path(
+        "recipes/starter/sft.yaml"
+    )  # one's own goes first

@@ -168,7 +168,7 @@ def data_fingerprint(stage: Stage) -> str:
 def code_fingerprint() -> str:
     """sha256 over the package's sources that can change a weight or a score, as they are when a process first asks."""
     root = Path(alignlab.__file__).parent
-    outside = {"study", "cli.py", "serving", "export.py", "doctor", "profile"}
+    outside = {"study", "cli", "serving", "export.py", "doctor", "profile"}
     sources = sorted(p for p in root.rglob("*") if p.suffix in (".py", ".c"))
     return _hash_files([p for p in sources if p.relative_to(root).parts[0] not in outside])
 
