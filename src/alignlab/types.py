@@ -154,6 +154,7 @@ class Batch:
     advantages: Tensor | None = None  # (B, T)
     returns: Tensor | None = None  # (B, T)
     old_values: Tensor | None = None  # (B, T)
+    values: Tensor | None = None  # (B, T) of the critic as it is in this step, with the graph that they came with
     margin: Tensor | None = None  # (B,) preference margin of the row's pair
     labels: Tensor | None = None  # (B,) bool, True = a desirable completion (unpaired feedback)
     reference_point: Tensor | None = None  # (B,) what an unpaired completion's log ratio is compared with (KTO's z0)

@@ -398,6 +398,27 @@ def test_more_minibatches_than_rows(ppo: Any) -> None:
     assert len(collect(run)) == 2
 
 
+@pytest.mark.parametrize("options, reused", [({}, 1), ({"minibatches": 2}, 0), ({"microbatch_rows": 4}, 0)])
+def test_values_of_the_first_step_are_not_computed_twice(ppo: Any, options: dict[str, Any], reused: int) -> None:
+    """Where it takes all rows in one microbatch; then its gradient is that of values computed anew."""
+    rows = options.pop("microbatch_rows", 64)
+    run = start_run(ppo(**TEN, epochs=2, **options), microbatch_rows=rows)
+    steps = collect(run)
+    assert [b.values is not None for step in steps for b in step.microbatches].count(True) == reused
+    if reused:
+        ((batch,), _) = (step.microbatches for step in steps)
+        critic = [x for x in run.models["value_model"].parameters() if x.requires_grad]
+        found = [
+            torch.autograd.grad(
+                run.algorithm.loss(run.models, b, run.state).total, critic, retain_graph=True, allow_unused=True
+            )
+            for b in (batch, replace(batch, values=None))
+        ]
+        assert any(g is not None and bool(g.any()) for g in found[0])
+        for reused_gradient, gradient in zip(*found, strict=True):
+            assert_close(reused_gradient, gradient, **FLOAT64)
+
+
 # ---- the loss --------------------------------------------------------------------------------------------------------
 
 

@@ -11,9 +11,10 @@ from torch import Tensor
 from torch.testing import assert_close
 from transformers import MistralConfig, MistralForCausalLM
 
-from alignlab import generate
+from alignlab import generate, kernels
 from alignlab.forward.packed import runs_packed
 from alignlab.generate import decode as module
+from alignlab.generate.compiled import CompiledDecoder
 from alignlab.generate.decode import FastDecoder, PlainDecoder
 from alignlab.generate.graphs import StaticDecoder
 from alignlab.models import trunk, unwrap
@@ -86,7 +87,10 @@ def test_which_is_chosen() -> None:
     rows = torch.tensor(ROWS)
     policy = tiny()
     with torch.no_grad():
-        assert type(generate.start(policy, PROMPTS, rows, 64, 0)) is FastDecoder
+        assert type(generate.start(policy, PROMPTS, rows, 64, 0)) is (
+            CompiledDecoder if kernels.ready() else FastDecoder
+        )
+        assert type(generate.start(policy, PROMPTS, rows, 4, 0)) is FastDecoder  # too few tokens to lay out weights for
         policy.config.model_type = "something_else"
         assert type(generate.start(policy, PROMPTS, rows, 64, 0)) is PlainDecoder
 
@@ -100,7 +104,7 @@ def test_which_is_chosen() -> None:
         ("self._length = self._length + 1\n\n    def keep(self, rows: Tensor) -> None:\n        for", 
          "pass\n\n    def keep(self, rows: Tensor) -> None:\n        for", "llama"),
         ("if bool(mask.all()) else", "if True else", "llama"),
-        ("held[rows, :, : self._seen]", "held[: len(rows), :, : self._seen]", "llama"),
+        ("held[rows, :, : self.seen]", "held[: len(rows), :, : self.seen]", "llama"),
         ("read, layout.kept)[rows]", "read, layout.kept)[rows.flip(0)]", "llama"),
     ],
 )  # fmt: skip

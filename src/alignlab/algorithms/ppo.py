@@ -20,15 +20,17 @@ from typing import Any, ClassVar, Literal
 import torch
 from pydantic import Field, model_validator
 from torch import Tensor
+from torch.nn import functional as F
 
 from alignlab.algorithms import Models, beyond_rounding, completion_tokens, gap, masked_sum, numbers_dtype
 from alignlab.algorithms._online import KLControl, ScoreShaping, swept, with_reference
 from alignlab.errors import UserError
-from alignlab.forward import final_values, prefix_rewards, rewards, score_and_values, values
+from alignlab.forward import final_values, prefix_rewards, rewards, score, score_and_values, values
 from alignlab.functional.advantages import gae, potential_shaping
 from alignlab.functional.masked import aggregate, masked_whiten
 from alignlab.functional.surrogate import clipped, clipped_surrogate, clipped_value_loss
 from alignlab.rollout import Source, rollout_metrics, stopped_tensor
+from alignlab.timing import span
 from alignlab.types import Batch, Directive, Group, LoopState, LossOutput, Phase, Role, Step
 
 
@@ -162,7 +164,10 @@ class PPO(ScoreShaping, KLControl):
             batch = with_reference(models, source, batch, self.temperature)
             found, state = self.measured(batch, state)
             metrics |= found
-        old_values = swept(source, batch, like, lambda b: values(models["value_model"], b))
+        fresh = self._first_values(models, source, batch)
+        old_values = (
+            swept(source, batch, like, lambda b: values(models["value_model"], b)) if fresh is None else fresh.detach()
+        )
         at_cutoff = self._at_cutoff(source, batch, groups, lambda b: final_values(models["value_model"], b))
         scores, state = self.scores(groups, like, state, source.sampling.max_completion_tokens)
         token_rewards, penalty = self._placed(scores, groups, mask, state), torch.zeros_like(like)
@@ -184,8 +189,22 @@ class PPO(ScoreShaping, KLControl):
         }
         if self.whiten_advantages:
             advantages = masked_whiten(advantages, mask)
-        batch = replace(batch, advantages=advantages, returns=returns, old_values=old_values)
+        batch = replace(batch, advantages=advantages, returns=returns, old_values=old_values, values=fresh)
         return Phase(self._steps(source, batch, state), metrics, drawn), state
+
+    def _first_values(self, models: Models, source: Source, batch: Batch) -> Tensor | None:
+        """(B, T) values with their graph, where the first optimiser step takes all rows in one microbatch and so would
+        compute the very same ones; else None."""
+        pieces = list(source.numbered_microbatches(batch))
+        critic = models["value_model"]
+        if self.minibatches > 1 or len(pieces) != 1 or critic.backbone is models["policy"]:
+            return None
+        assert batch.old_logprobs is not None
+        ((rows, piece),) = pieces
+        with span("scoring"), torch.enable_grad():
+            found = values(critic, piece).to(batch.old_logprobs.dtype)
+            filled = F.pad(found, (0, batch.old_logprobs.shape[1] - found.shape[1]))
+            return torch.zeros_like(filled).index_copy(0, rows, filled)
 
     def _at_cutoff(
         self, source: Source, batch: Batch, groups: Sequence[Group], function: Callable[[Batch], Tensor]
@@ -223,6 +242,7 @@ class PPO(ScoreShaping, KLControl):
         """Every epoch splits the rows anew, into minibatches whose sizes differ by one row at most."""
         steps = []
         for epoch in range(self.epochs):
+            batch = batch if epoch == 0 else replace(batch, values=None)
             order = torch.tensor(shuffled(len(batch), f"ppo/{state.seed}/{state.phase}/{epoch}"))
             for rows in order.to(batch.input_ids.device).tensor_split(min(self.minibatches, len(batch))):
                 pieces = source.microbatches(batch.select(rows))
@@ -233,9 +253,12 @@ class PPO(ScoreShaping, KLControl):
         assert batch.old_logprobs is not None and batch.advantages is not None
         assert batch.old_values is not None and batch.returns is not None
         mask, clips = batch.completion_mask, (self.clip_low, self.clip_high, self.dual_clip)
-        scores, value = score_and_values(
-            models["policy"], models["value_model"], batch, temperature=self.temperature, entropy=True
-        )
+        if batch.values is None:
+            scores, value = score_and_values(
+                models["policy"], models["value_model"], batch, temperature=self.temperature, entropy=True
+            )
+        else:
+            scores, value = score(models["policy"], batch, temperature=self.temperature, entropy=True), batch.values
         assert scores.entropy is not None
         log_ratio = torch.where(mask, scores.logprobs - batch.old_logprobs, 0.0)
         policy_terms = clipped_surrogate(log_ratio, batch.advantages, *clips)

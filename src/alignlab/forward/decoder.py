@@ -52,7 +52,7 @@ def decode(
     hidden: Tensor = inner.embed_tokens(input_ids)
     kinds = getattr(config, "layer_types", None) or ["full_attention"] * config.num_hidden_layers
     by_kind = config.model_type == "gemma3_text"
-    tables = {kind: _rotary(inner, hidden, positions, kind if by_kind else None) for kind in dict.fromkeys(kinds)}
+    tables = {kind: rotary(inner, hidden, positions, kind if by_kind else None) for kind in dict.fromkeys(kinds)}
     recomputes = decoder.training and torch.is_grad_enabled()
     for index, (layer, kind) in enumerate(zip(inner.layers, kinds, strict=True)):
         keeps = kept if index + 1 == len(inner.layers) else None
@@ -79,7 +79,7 @@ def attention_kind(attention: Any, layer: int = 0) -> AttentionKind:
     )
 
 
-def _rotary(inner: Any, hidden: Tensor, positions: Tensor, kind: str | None) -> tuple[Tensor, Tensor]:
+def rotary(inner: Any, hidden: Tensor, positions: Tensor, kind: str | None) -> tuple[Tensor, Tensor]:
     """cos and sin as `rotate` takes them, (N, 1, D) each."""
     cos, sin = inner.rotary_emb(hidden[None], positions[None], *([] if kind is None else [kind]))
     sin = sin[0, :, None].clone()

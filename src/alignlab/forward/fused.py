@@ -172,6 +172,24 @@ def linear(module: nn.Module, x: Tensor) -> Tensor:
     return cast(Tensor, _Lora.apply(x, base.weight, base.bias, down, up, scale))  # type: ignore[no-untyped-call]
 
 
+def plain_weight(module: nn.Module) -> tuple[Tensor, Tensor | None] | None:
+    """Weight (out, in) and bias of what `linear` computes, an adapter added to it; None where that is no such layer."""
+    if type(module) is nn.Linear:
+        return module.weight, module.bias
+    base: Any = getattr(module, "base_layer", None)
+    if type(base) is not nn.Linear or not hasattr(module, "lora_A") or module.merged:
+        return None
+    layer = cast(Any, module)
+    names = [] if layer.disable_adapters else [name for name in layer.active_adapters if name in layer.lora_A]
+    if not names:
+        return base.weight, base.bias
+    lora = _plain_lora(layer, names, base.weight.dtype)
+    if lora is None:
+        return None
+    down, up, scale = lora
+    return torch.addmm(base.weight, up, down, alpha=scale), base.bias
+
+
 def _product(x: Tensor, layer: nn.Linear) -> Tensor:
     if torch.is_grad_enabled():
         return F.linear(x, layer.weight, layer.bias)

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from alignlab.forward.packed import runs_packed
+from alignlab.generate.compiled import compiled_decoder
 from alignlab.generate.decode import Decoder, FastDecoder, PlainDecoder, cache_bytes
 from alignlab.generate.draw import Sampling, draw_tokens, exact
 from alignlab.generate.graphs import StaticDecoder, pays
@@ -196,7 +197,7 @@ def start(model: Model, prompts: Sequence[Sequence[int]], rows: Tensor, limit: i
         return PlainDecoder(model, prompts, rows, limit, pad_id)
     if pays(model, rows.device, limit):
         return StaticDecoder(model, prompts, rows, limit, pad_id, capture=True)
-    return FastDecoder(model, prompts, rows, limit, pad_id)
+    return compiled_decoder(model, prompts, rows, limit, pad_id) or FastDecoder(model, prompts, rows, limit, pad_id)
 
 
 def _completion(request: _Request, token_ids: list[int], logprobs: list[float]) -> Sampled:

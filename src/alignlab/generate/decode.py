@@ -94,7 +94,7 @@ class FastDecoder:
         self._layers: list[_Keys] = []
 
         def read(kind: AttentionKind, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-            seen = at[:, _first(width + 1, kind.window) :]
+            seen = at[:, first_seen(width + 1, kind.window) :]
             self._layers.append(_Keys(key, value, seen, limit))
             return attend(layout, kind, query, key, value)
 
@@ -110,7 +110,7 @@ class FastDecoder:
         def look_back(kind: AttentionKind, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
             keys, values = self._layers[kind.layer].append(key, value, kind.window)
             if kind.window not in masks:
-                columns = slice(_first(self._seen, kind.window), self._seen)
+                columns = slice(first_seen(self._seen, kind.window), self._seen)
                 masks[kind.window] = None if self._mask is None else self._mask[:, None, None, columns]
             return _attend(kind, query, keys, values, masks[kind.window])
 
@@ -124,7 +124,7 @@ class FastDecoder:
         self._mask = None if self._mask is None else self._mask[rows]
 
 
-def _first(seen: int, window: int | None) -> int:
+def first_seen(seen: int, window: int | None) -> int:
     """The first of the columns seen so far that is not behind the window."""
     return 0 if window is None else max(0, seen - window)
 
@@ -154,39 +154,40 @@ class _Keys:
 
     def __init__(self, keys: Tensor, values: Tensor, at: Tensor, limit: int) -> None:
         """Packed (N, key heads, D), and (R, width) where each row's lie in them."""
-        self._seen = at.shape[1]
-        self._held = []
+        self.seen = at.shape[1]
+        """Columns that are filled."""
+        self.held: list[Tensor] = []
         for packed in (keys, values):
-            held = packed.new_empty(len(at), packed.shape[1], self._seen + limit, packed.shape[2])
-            held[:, :, : self._seen] = packed[at].transpose(1, 2)
-            self._held.append(held)
+            held = packed.new_empty(len(at), packed.shape[1], self.seen + limit, packed.shape[2])
+            held[:, :, : self.seen] = packed[at].transpose(1, 2)
+            self.held.append(held)
 
     def append(self, keys: Tensor, values: Tensor, window: int | None) -> tuple[Tensor, Tensor]:
         """(R, key heads, D) of one more token -> (R, key heads, K, D) of all that it sees."""
-        for held, new in zip(self._held, (keys, values), strict=True):
-            held[:, :, self._seen] = new
-        self._seen += 1
-        first = _first(self._seen, window)
-        return self._held[0][:, :, first : self._seen], self._held[1][:, :, first : self._seen]
+        for held, new in zip(self.held, (keys, values), strict=True):
+            held[:, :, self.seen] = new
+        self.seen += 1
+        first = first_seen(self.seen, window)
+        return self.held[0][:, :, first : self.seen], self.held[1][:, :, first : self.seen]
 
     def put(self, keys: Tensor, values: Tensor, column: Tensor) -> tuple[Tensor, Tensor]:
         """Writes one more token where (1,) says -> (R, key heads, width + limit, D), all there is; `count` it."""
-        for held, new in zip(self._held, (keys, values), strict=True):
+        for held, new in zip(self.held, (keys, values), strict=True):
             held.index_copy_(2, column, new[:, :, None])
-        return self._held[0], self._held[1]
+        return self.held[0], self.held[1]
 
     def count(self) -> None:
         """One more column has been put."""
-        self._seen += 1
+        self.seen += 1
 
     def blank(self) -> None:
         """Makes numbers of what is not written yet: a mask hides a number, but not a NaN."""
-        for held in self._held:
-            held[:, :, self._seen :] = 0
+        for held in self.held:
+            held[:, :, self.seen :] = 0
 
     def keep(self, rows: Tensor) -> None:
         """Drops the other rows, and copies only what is filled."""
-        for i, held in enumerate(self._held):
+        for i, held in enumerate(self.held):
             kept = held.new_empty(len(rows), *held.shape[1:])
-            kept[:, :, : self._seen] = held[rows, :, : self._seen]
-            self._held[i] = kept
+            kept[:, :, : self.seen] = held[rows, :, : self.seen]
+            self.held[i] = kept

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from alignlab.forward.decoder import AttentionKind, decode
-from alignlab.generate.decode import FastDecoder, _attend, _first
+from alignlab.generate.decode import FastDecoder, _attend, first_seen
 from alignlab.models import Model, quantization, trunk
 
 CAPTURE_FROM = 32
@@ -120,7 +120,7 @@ class StaticDecoder(FastDecoder):
 
     def _sight(self, window: int | None) -> tuple[Tensor, Tensor]:
         """Of layers with this window: (1,) the column to write, and the mask of columns to read, (R, 1, 1, K)."""
-        first = _first(self._width + 1, window)  # where their cache begins
+        first = first_seen(self._width + 1, window)  # where their cache begins
         age = self._column - self._columns[first:]
         seen = age >= 0 if window is None else (age >= 0) & (age < window)
         if self._mask is not None:

@@ -35,6 +35,7 @@ ARGUMENTS = {
     "product": "pppnnnnn",
     "attention": "pppppnnnnnnnnnxx",
     "draw": "ppppnnnxx",
+    "decode_step": "pppppppnnnnnnnnnnxxxx",
 }
 """Of every function in C: pointers, whole numbers, floats."""
 PRODUCT_ROWS = 16
@@ -190,6 +191,43 @@ def attention(
         "attention", query, keys, values, mask, y, first, last, key_heads, heads // key_heads, count, size,
         keys.stride(0), keys.stride(1), stride, scaling, softcap or 0.0))  # fmt: skip
     return y
+
+
+def decode_step(
+    layers: Tensor,
+    numbers: Tensor,
+    norm_last: Tensor,
+    hidden: Tensor,
+    positions: Tensor,
+    mask: Tensor | None,
+    sizes: tuple[int, int, int, int],
+    seen: int,
+    norms: tuple[float, float],
+    form: tuple[float, float],
+    weights: int,
+) -> Tensor:
+    """All layers of a decoder for one token a row, and its final norm: hidden (R, H), in place -> (R, H).
+
+    Args:
+        layers: (depth, fields) int64, what `Layer` in the source says; keys and values are written where it points.
+        numbers: (depth, 2) scaling and cap (0 = none) of the attention.
+        positions: (R,) int64.
+        mask: (R, columns) bool, True = attended, the last `seen` of them; None = all.
+        sizes: heads, key heads, size of a head, intermediate size.
+        seen: columns so far, with the one that is written now.
+        norms: eps, and what is added to a norm's weight; form: of the gate, as in `gate`.
+        weights: how many there are, which tells how much work it is.
+    """
+    rows, size = hidden.shape
+    stride = 0 if mask is None else mask.stride(0)
+    heads, key_heads, head, inner = sizes
+    asked = heads * head
+    wide, narrow = max(asked + 2 * key_heads * head, 2 * inner), max(size, asked, inner)
+    scratch = hidden.new_empty(rows, wide + 2 * narrow)
+    _shared(weights * rows, rows, lambda first, last: _call(
+        "decode_step", layers, numbers, norm_last, hidden, scratch, positions, mask, first, last, len(layers), size,
+        *sizes, seen, stride, *norms, *form))  # fmt: skip
+    return hidden
 
 
 def draw(logits: Tensor, uniforms: Tensor, temperature: float, softcap: float | None) -> tuple[Tensor, Tensor]:

@@ -402,3 +402,116 @@ void draw(float *logits, const double *uniforms, int64_t *tokens, float *logprob
     }
     free(masses);
 }
+
+/* ---- a whole decoding step of a small model --------------------------------------------------------------------- */
+
+#define PANEL (2 * LANES) /* outputs of a product that are computed side by side */
+#ifdef __AVX512F__
+#define BLOCK_ROWS 8
+#else
+#define BLOCK_ROWS 2
+#endif
+
+/* y (rows, columns of y's `stride`) = x (rows, inner) @ panel (inner, PANEL) + bias (PANEL) or nothing; `rows` is a constant. */
+static inline __attribute__((always_inline)) void panel(const float *x, const float *weight, const float *bias, float *y,
+                                                        long inner, long stride, long columns, const int rows) {
+    vec sums[BLOCK_ROWS][2];
+    EACH (int r = 0; r < rows; r++) {
+        sums[r][0] = bias ? load(bias) : (vec){0};
+        sums[r][1] = bias ? load(bias + LANES) : (vec){0};
+    }
+    for (long i = 0; i < inner; i++) {
+        vec left = load(weight + i * PANEL), right = load(weight + i * PANEL + LANES);
+        EACH (int r = 0; r < rows; r++) {
+            const float given = x[r * inner + i];
+            sums[r][0] += given * left;
+            sums[r][1] += given * right;
+        }
+    }
+    EACH (int r = 0; r < rows; r++)
+        for (int side = 0; side < 2; side++) {
+            const long left = columns - side * LANES;
+            if (left >= LANES) store(y + r * stride + side * LANES, sums[r][side]);
+            else if (left > 0) store_part(y + r * stride + side * LANES, sums[r][side], left);
+        }
+}
+
+/* y (rows, outer) = x (rows, inner) @ weight + bias; weight in panels (outer / PANEL, inner, PANEL), the last filled up. */
+static void packed_product(const float *x, const float *weight, const float *bias, float *y, long rows, long inner,
+                           long outer) {
+    for (long at = 0; at < outer; at += PANEL, weight += inner * PANEL) {
+        const float *added = bias ? bias + at : 0;
+        long r = 0;
+        for (; r + BLOCK_ROWS <= rows; r += BLOCK_ROWS)
+            panel(x + r * inner, weight, added, y + r * outer + at, inner, outer, outer - at, BLOCK_ROWS);
+        for (; r < rows; r++) panel(x + r * inner, weight, added, y + r * outer + at, inner, outer, outer - at, 1);
+    }
+}
+
+/* What a layer is made of, as Python lays it out: addresses and whole numbers of 64 bits. */
+typedef struct {
+    const float *norm_given, *to_heads, *heads_bias, *norm_query, *norm_key, *from_heads, *from_heads_bias, *norm_found;
+    const float *norm_middle, *to_gate, *gate_bias, *from_gate, *from_gate_bias, *norm_made, *cos, *sin;
+    float *keys, *values;
+    int64_t capacity, column, first; /* of keys and values: columns there are, the one to write, the first one seen */
+} Layer;
+
+static void rotated(float *x, const float *cos, const float *sin, long size) {
+    float turned[size];
+    rotate(x, cos, sin, turned, 0, 1, 1, size, 1.0f);
+    memcpy(x, turned, size * sizeof(float));
+}
+
+/* hidden (rows, size) of one token a row -> the decoder's states, in place; keys and values are written into the cache.
+ * scratch: a row of it holds the widest of all products, and twice the widest of what goes into them.
+ * mask (rows, all columns so far) bytes or null; numbers: scaling and cap of each layer. */
+void decode_step(const Layer *layers, const float *numbers, const float *norm_last, float *hidden, float *scratch,
+                 const int64_t *positions, const uint8_t *mask, long first, long last, long depth, long size, long heads,
+                 long key_heads, long head, long inner, long seen, long mask_stride, float eps, float offset, float a,
+                 float b) {
+    const long rows = last - first, asked = heads * head, kept = key_heads * head, all = asked + 2 * kept;
+    const long wide = all > 2 * inner ? all : 2 * inner, shared = heads / key_heads;
+    const long narrow = size > asked ? (size > inner ? size : inner) : (asked > inner ? asked : inner);
+    float *made = scratch + first * (wide + 2 * narrow), *given = made + rows * wide, *found = given + rows * narrow;
+    float *x = hidden + first * size;
+    for (long l = 0; l < depth; l++) {
+        const Layer *layer = layers + l;
+        norm_forward(x, layer->norm_given, 0, given, 0, 0, rows, size, eps, offset);
+        packed_product(given, layer->to_heads, layer->heads_bias, made, rows, size, all);
+        for (long r = 0; r < rows; r++) {
+            float *query = made + r * all, *key = query + asked, *value = key + kept;
+            const long row = first + r, column = layer->column, count = column + 1 - layer->first;
+            if (layer->norm_query) {
+                for (long h = 0; h < heads; h++)
+                    norm_forward(query + h * head, layer->norm_query, 0, query + h * head, 0, 0, 1, head, eps, offset);
+                for (long h = 0; h < key_heads; h++)
+                    norm_forward(key + h * head, layer->norm_key, 0, key + h * head, 0, 0, 1, head, eps, offset);
+            }
+            if (layer->cos)
+                for (long h = 0; h < heads + key_heads; h++) /* keys follow queries */
+                    rotated(query + h * head, layer->cos + positions[row] * head, layer->sin + positions[row] * head, head);
+            for (long h = 0; h < key_heads; h++) {
+                const long at = ((row * key_heads + h) * layer->capacity + column) * head;
+                memcpy(layer->keys + at, key + h * head, head * sizeof(float));
+                memcpy(layer->values + at, value + h * head, head * sizeof(float));
+            }
+            const long from = (row * key_heads * layer->capacity + layer->first) * head;
+            const uint8_t *seen_here = mask ? mask + row * mask_stride + seen - count : 0;
+            attention(query, layer->keys + from, layer->values + from, seen_here, given + r * asked, 0, 1, key_heads,
+                      shared, count, head, 0, layer->capacity * head, 0, numbers[2 * l], numbers[2 * l + 1]);
+        }
+        packed_product(given, layer->from_heads, layer->from_heads_bias, found, rows, asked, size);
+        if (layer->norm_found) norm_forward(found, layer->norm_found, x, x, 0, 0, rows, size, eps, offset);
+        else
+            for (long i = 0; i < rows * size; i++) x[i] += found[i];
+        norm_forward(x, layer->norm_middle, 0, given, 0, 0, rows, size, eps, offset);
+        packed_product(given, layer->to_gate, layer->gate_bias, made, rows, size, 2 * inner);
+        for (long r = 0; r < rows; r++)
+            gate_forward(made + r * 2 * inner, made + r * 2 * inner + inner, given + r * inner, 0, inner, a, b);
+        packed_product(given, layer->from_gate, layer->from_gate_bias, found, rows, inner, size);
+        if (layer->norm_made) norm_forward(found, layer->norm_made, x, x, 0, 0, rows, size, eps, offset);
+        else
+            for (long i = 0; i < rows * size; i++) x[i] += found[i];
+    }
+    norm_forward(x, norm_last, 0, x, 0, 0, rows, size, eps, offset);
+}
