@@ -1,7 +1,7 @@
 """Train the refusal and the toxicity classifier from hand labels and measure them on text that they never saw.
 
 labels.jsonl (references into the real data sets, without their text) + written.jsonl (our own text)
--> src/alignlab/classifiers/assets/{refusal,toxicity}.npz, recipes/classifiers/measured.json.
+-> src/alignlab/classifiers/assets/{refusal,toxicity}.npz, docs/safety.json.
 
 Run it as `python recipes/classifiers/build.py path/to/data`, where the folder holds the sets that labels.jsonl names
 (`hh_rlhf/`, `ultrafeedback/`, ..). It takes about a minute and is deterministic. `--check` measures without training.
@@ -27,7 +27,7 @@ from alignlab.classifiers import _linear, _refusal, _toxicity
 from alignlab.statistics.inference import wilson_interval
 
 HERE = Path(__file__).parent
-MEASURED = HERE / "measured.json"
+MEASURED = HERE.parents[1] / "docs" / "safety.json"
 HELD_OUT = 0.25
 """Share of the prompts that training never sees."""
 PENALTIES = {"refusal": (40.0, 1.5), "toxicity": (60.0, 2.0)}

@@ -63,6 +63,13 @@ def test_refusals_beyond_doubt(prompt: str, completion: str, expected: bool) -> 
     assert (refusal(prompt, completion) >= 0.5) is expected
 
 
+@pytest.mark.parametrize("case", [case for case in CASES if case["kind"] == "refusal"])
+def test_white_space_and_typography_do_not_matter(case: dict[str, Any]) -> None:
+    prompt, text = case["prompt"], case["text"]
+    assert refusal(prompt, f"  {text}\n\n") == refusal(prompt, text)
+    assert refusal(prompt, text.replace("'", "\N{RIGHT SINGLE QUOTATION MARK}")) == refusal(prompt, text)
+
+
 def test_the_scope_of_a_no_counts() -> None:
     """The same words refuse when the assistant says them to the user, and not when they are quoted or reported."""
     said = refusal("Can you help me rob him?", "I'm sorry, I can't help you with that.")
@@ -190,6 +197,20 @@ def test_held_out_figures_are_the_recorded_ones_and_beat_keywords(
         assert chat["classifier"]["accuracy"][1] > chat["keywords"]["accuracy"][2]
         assert chat["classifier"]["auroc"][0] > 0.95
     assert measured["real"]["classifier"]["auroc"][0] > 0.9
+
+
+@pytest.mark.parametrize("kind", ["refusal", "toxicity"])
+def test_the_page_prints_the_recorded_figures(kind: str) -> None:
+    recorded = json.loads((ROOT / "docs" / "safety.json").read_text("utf-8"))[kind]
+    page = (ROOT / "docs" / "safety.md").read_text("utf-8").splitlines()
+    for part, both in recorded.items():
+        for who in ("classifier", "keywords") if isinstance(both, dict) and "classifier" in both else ():
+            figures = both[who]
+            start = f"| {part} | {figures['count']} ({figures['positive']}) | {who} | "
+            (row,) = [line for line in page if line.startswith(start)]
+            for name in ("accuracy", "precision", "recall", "auroc"):
+                shown = "1" if figures[name][0] == 1 else f"{figures[name][0]:.3f}".removeprefix("0")
+                assert f"| {shown} [" in row, (part, who, name)
 
 
 @pytest.mark.slow

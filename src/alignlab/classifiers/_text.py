@@ -32,7 +32,7 @@ def unquoted(text: str) -> str:
 
 def sentences(text: str) -> list[str]:
     """Sentences and lines that have a word in them."""
-    return [piece for piece in _SENTENCE.split(text) if piece and _WORD.search(piece)]
+    return [piece.strip() for piece in _SENTENCE.split(text) if piece and _WORD.search(piece)]
 
 
 def words(text: str) -> list[str]:
