@@ -48,6 +48,7 @@ CASES: list[tuple[str, Fraction | int | None, Fraction | int | None]] = [
     ("She has 18.\n\nQuestion: Bob has 4 and 5?\nAnswer: 9", None, 18),
     ("#### Step 1: 3+4\nfoo 7\n#### 18", 18, 18),
     ("#### 1. Compute\nfoo\n#### 2. Add\n So it's 18.", None, 18),
+    ("so 18.\n#### 18. She makes $18.", 18, 18),
     ("### Answer\n\nFinal Answer: **18**", 18, 18),
     ("**Answer:** 18", 18, 18),
     ("**Final Answer**: $18", 18, 18),

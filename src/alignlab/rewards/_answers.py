@@ -36,7 +36,8 @@ _TAGS = re.compile(r"<answer>((?:(?!</?answer>).)*)</answer>", re.DOTALL | re.IG
 _HASHES = re.compile(r"####(?!#)[ \t]*\n?([^\n]*)")
 _BOXED = re.compile(r"\\f?boxed\s?\{?")
 _PHRASE = re.compile(
-    r"\banswers?\b[^\n.:=0-9]{0,60}?(?:\bis\b|\bare\b|\bbe\b|\bequals\b|:|=)(?!\s*\n?\s*(?:not|incorrect|wrong)\b)",
+    r"\banswers?\b(?:[^\n.:=0-9]{0,60}?\b(?:is|are|be|equals)\b|[\s*_]{0,4}(?:\([^()\n]{0,30}\))?[\s*_]{0,4}[:=])"
+    r"(?!\s*\n?\s*(?:not|incorrect|wrong)\b)",
     re.IGNORECASE,
 )
 _STARTS_WITH_NUMBER = re.compile(r"[\s$€£*_`=~≈\\({+.-]{0,12}(?:boxed|[dt]?frac|text)?[\s{$\\.-]{0,6}[0-9½¼¾⅓⅔]")
@@ -172,8 +173,10 @@ def _marked(text: str) -> tuple[Fraction | None, bool]:
     if tags:
         return _inside(tags[-1]), True
     lines = [line for line in _HASHES.findall(text) if line.strip()]
+    ends = text.rstrip()
     for line in lines:
-        if not _LABEL.match(line) and _STARTS_WITH_NUMBER.match(line):
+        heading = _LABEL.match(line) and not ends.endswith(line.rstrip())
+        if not heading and _STARTS_WITH_NUMBER.match(line):
             return read(line), True
     if (
         lines
