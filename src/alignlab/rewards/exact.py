@@ -10,13 +10,13 @@ from collections.abc import Sequence
 from fractions import Fraction
 from typing import Literal
 
+from alignlab.rewards._answers import LONGEST_NUMBER, marked_number
 from alignlab.types import Completion, Prompt
 
 Mode = Literal["strict", "flexible"]
+RewardMode = Literal["strict", "flexible", "marked"]
 
 NEEDS = "a column `answer` that is a number"
-LONGEST_NUMBER = 64
-"""Characters; anything longer is no number (keeps hostile digit strings cheap)."""
 
 _NUMBER = r"(?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]+)(?:\.[0-9]+)?|\.[0-9]+"
 _WHOLE = re.compile(rf"([+-]?)\s*\$?\s*((?:{_NUMBER})(?:\s*/\s*[0-9]+)?)\s*%?\.?")
@@ -25,8 +25,13 @@ _ANSWER = re.compile(r"<answer>((?:(?!</?answer>).)*)</answer>", re.DOTALL)
 _HASHES = re.compile(r"####[ \t]*([^\n]*)")
 
 
-def exact(prompts: Sequence[Prompt], completions: Sequence[Completion], *, mode: Mode = "strict") -> list[float | None]:
+def exact(
+    prompts: Sequence[Prompt], completions: Sequence[Completion], *, mode: RewardMode = "strict"
+) -> list[float | None]:
     """1.0 where the completion's final number equals `prompt.answer`, 0.0 where it does not or is missing.
+
+    strict and flexible read as `final_number`; marked reads as GSM8K's strict grading does (`tasks.gsm8k.grade`): tags,
+    `####`, `\\boxed{}` or "the answer is", units allowed.
 
     None where the prompt has no numeric answer or `meta["grading"]` names another kind than "number".
     Numbers are compared exactly, as fractions: "1,000", "$1000.", "1000.0" and "2000/2" are equal.
@@ -34,11 +39,14 @@ def exact(prompts: Sequence[Prompt], completions: Sequence[Completion], *, mode:
     return [_judge(prompt, completion, mode) for prompt, completion in zip(prompts, completions, strict=True)]
 
 
-def _judge(prompt: Prompt, completion: Completion, mode: Mode) -> float | None:
+def _judge(prompt: Prompt, completion: Completion, mode: RewardMode) -> float | None:
     if prompt.answer is None or prompt.meta.get("grading", "number") != "number":
         return None
     gold = gold_number(prompt.answer)
-    return None if gold is None else float(final_number(completion.text, mode) == gold)
+    if gold is None:
+        return None
+    found = marked_number(completion.text) if mode == "marked" else final_number(completion.text, mode)
+    return float(found == gold)
 
 
 def final_number(text: str, mode: Mode = "strict") -> Fraction | None:

@@ -1,22 +1,49 @@
 """Grade-school word problems (GSM8K, arXiv 2110.14168), whose reference answers end in `#### N`.
 
-completion -> final number -> right or wrong.
+completion -> the number it answers with -> right, wrong, or near.
 """
 
 from __future__ import annotations
 
-from alignlab.rewards.exact import Mode, final_number, gold_number
+from fractions import Fraction
+
+from alignlab.rewards._answers import answered_number, marked_number, read
+from alignlab.rewards.exact import Mode, gold_number
+from alignlab.rewards.format import well_formed
 from alignlab.tasks import Grade, Task
 from alignlab.types import Completion, Prompt
 
 
 def grade(completion: str, answer: str, mode: Mode = "strict") -> bool:
-    """Whether the completion's final number equals the reference answer (a number, or the worked text with `#### N`).
+    """Whether the completion's number equals the reference answer (a number, or the worked text with `#### N`).
 
-    strict: the number stands in `<answer>` tags or after `####`. flexible: the last number of the text counts.
+    strict: a marked answer counts: the last `<answer>` block, else the first `####` that a number follows, else the
+    last `\\boxed{}`, else the last "the answer is N" or "Answer: N". flexible: without a readable mark, the number that
+    the text ends on. Numbers are compared exactly, as fractions; units, currency and percent signs say nothing. What
+    follows a next "Question:" or the end of the turn is not read. False where `answer` holds no number.
     """
-    gold = gold_number(answer)
-    return gold is not None and final_number(completion, mode) == gold
+    gold = _gold(answer)
+    return gold is not None and _number(completion, mode) == gold
+
+
+def within(completion: str, answer: str, tolerance: float = 0.1, mode: Mode = "flexible") -> bool:
+    """Whether the completion's number is at most `tolerance` x |reference| from the reference; 0 has to be met."""
+    gold, number = _gold(answer), _number(completion, mode)
+    return gold is not None and number is not None and abs(number - gold) <= abs(gold) * Fraction(str(tolerance))
+
+
+def formatted(completion: str) -> bool:
+    """Whether it is one `<reasoning>` block, then one `<answer>` block, neither blank, with nothing around them."""
+    return well_formed(completion)
+
+
+def _gold(answer: str) -> Fraction | None:
+    number = gold_number(answer)
+    return number if number is not None else marked_number(answer) or read(answer)
+
+
+def _number(completion: str, mode: Mode) -> Fraction | None:
+    return marked_number(completion) if mode == "strict" else answered_number(completion)
 
 
 def _grade(prompt: Prompt, completion: Completion) -> Grade:
@@ -33,7 +60,7 @@ TASK = Task(
     grade=_grade,
     default_reward={"exact": 1.0},
     metrics={
-        "score": "1 if the number in the answer tags or after #### is right",
-        "flexible": "1 if the last number anywhere is right",
+        "score": "1 if the marked number is right: in answer tags, after ####, in a box or after 'the answer is'",
+        "flexible": "1 if the marked number is right or, without one, the number that the text ends on",
     },
 )
