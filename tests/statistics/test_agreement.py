@@ -17,7 +17,6 @@ from alignlab.statistics import agreement
 from alignlab.statistics.agreement import (
     alpha_interval,
     cohens_kappa,
-    discordant,
     kappa_interval,
     krippendorff_alpha,
     mcnemar_exact,
@@ -171,8 +170,10 @@ def test_raters_and_items_may_be_permuted_and_labels_renamed() -> None:
     renamed = [[None if v is None else "abcde"[v - 1] for v in row] for row in PUBLISHED]
     assert krippendorff_alpha(renamed) == pytest.approx(krippendorff_alpha(PUBLISHED), abs=ROUNDING)
     gaps = [[math.nan if v is None else float(v) for v in row] for row in PUBLISHED]
-    assert krippendorff_alpha(gaps, "interval") == pytest.approx(krippendorff_alpha(PUBLISHED, "interval"), abs=ROUNDING)
-    assert krippendorff_alpha(np.array(gaps)) == pytest.approx(krippendorff_alpha(PUBLISHED), abs=ROUNDING)  # type: ignore[arg-type]
+    for level in ("nominal", "interval"):
+        expected = krippendorff_alpha(PUBLISHED, level)
+        assert krippendorff_alpha(gaps, level) == pytest.approx(expected, abs=ROUNDING)
+        assert krippendorff_alpha(list(np.array(gaps)), level) == pytest.approx(expected, abs=ROUNDING)
 
 
 @pytest.mark.parametrize(("b", "c"), [(0, 1), (2, 9), (10, 3), (7, 7), (0, 30), (120, 90)])
@@ -226,7 +227,8 @@ def slow_alpha(ratings: Sequence[Sequence[Any]]) -> float:
     units = [unit for unit in units if len(unit) > 1]
     values = [v for unit in units for v in unit]
     observed = sum(
-        sum(x != y for i, x in enumerate(unit) for j, y in enumerate(unit) if i != j) / (len(unit) - 1) for unit in units
+        sum(x != y for i, x in enumerate(unit) for j, y in enumerate(unit) if i != j) / (len(unit) - 1)
+        for unit in units
     )
     chance = sum(x != y for i, x in enumerate(values) for j, y in enumerate(values) if i != j) / (len(values) - 1)
     return 1 - observed / chance

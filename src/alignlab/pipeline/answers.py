@@ -1,0 +1,90 @@
+"""What a run answered when it was evaluated: a run folder, or a file -> prompts and completions to be compared."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from alignlab.data.files import read_file
+from alignlab.errors import UserError
+from alignlab.judge.answers import Answers, answers_from_rows, read_answers
+from alignlab.pipeline.identity import finished_folder
+from alignlab.pipeline.items import held_out_items
+from alignlab.recipe import parse_recipe, read_mapping
+from alignlab.types import Prompt
+
+SAMPLES = ("evaluation_samples.json", "samples.jsonl", "evaluation_samples.jsonl")
+"""Where an evaluation keeps its completions."""
+
+
+def read_system(path: Path) -> Answers:
+    """The answers of a finished run (its last policy), of a folder with an evaluation's samples, or of a file.
+
+    Raises:
+        UserError: there are none, or what was asked is not known any more.
+    """
+    if not path.is_dir():
+        return read_answers(path)
+    folder = path if _samples(path) or not (path / "recipe.yaml").is_file() else finished_folder(path, "policy")
+    found = _samples(folder)
+    if found is None:
+        raise UserError(
+            f"{path}: no {SAMPLES[0]}, so it has no answers to compare; evaluate it (evaluation.prompts_per_task above "
+            "0), or give a file with prompt and completion"
+        )
+    rows = read_file(found)
+    known = {} if all("messages" in row or "prompt" in row for row in rows) else _asked(folder)
+    answers = answers_from_rows(rows, path.resolve().name, str(found), known)
+    return Answers(
+        name=answers.name,
+        prompts=answers.prompts,
+        completions=answers.completions,
+        models=tuple(dict.fromkeys((*answers.models, *_models(folder)))),
+        reward_model=str(_provenance(folder).get("reward_model") or ""),
+    )
+
+
+def _samples(folder: Path) -> Path | None:
+    return next((folder / name for name in SAMPLES if (folder / name).is_file()), None)
+
+
+def _asked(folder: Path) -> dict[str, Prompt]:
+    """The prompts that a run's evaluation was from, by id."""
+    path = folder / "recipe.yaml"
+    if not path.is_file():
+        return {}
+    raw = dict(read_mapping(path))
+    for stage in raw.get("stages") or [raw]:  # what they depend on may not be there any more
+        for other in ("start", "reward_model", "teacher"):
+            stage.pop(other, None)
+    return {item.id: item for item in held_out_items(parse_recipe(raw, path).stages[-1]) if isinstance(item, Prompt)}
+
+
+def _models(folder: Path) -> tuple[str, ...]:
+    """The model that the chain of stages began with, as far as its folders are still there."""
+    names: list[str] = []
+    for _ in range(20):
+        raw: Mapping[str, Any] = read_mapping(folder / "recipe.yaml") if (folder / "recipe.yaml").is_file() else {}
+        name = str(_model_name(raw) or "")
+        if name:
+            names.append(name)
+        start = str(raw.get("start") or "")
+        if not start or not Path(start).is_dir():
+            break
+        folder = Path(start)
+    return tuple(dict.fromkeys(names))
+
+
+def _model_name(raw: Mapping[str, Any]) -> Any:
+    model = raw.get("model")
+    return model.get("name") if isinstance(model, Mapping) else model
+
+
+def _provenance(folder: Path) -> dict[str, Any]:
+    try:
+        found = json.loads((folder / "provenance.json").read_text("utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
