@@ -31,9 +31,9 @@ from alignlab.types import Message, Prompt
 from tests.runs import alignlab, files_of, rows, strict_json, write_rows
 
 HOSTILE = [
-    "=cmd|' /C calc'!A0", "+1+1", "-2", "@SUM(A1)", "\t=1", "  =1", "＝1", 'say "hi", then\r\n"leave"', "a\nb\rc", ";x;",
-    "Größe 🦊 \u2028 \u202e", "\ufeffbom", "", " ", "x" * 40_000, "nul \0 byte", "<script>alert(1)</script>", "'quoted'",
-    "half \ud800",
+    "=cmd|' /C calc'!A0", "+1+1", "-2", "@SUM(A1)", "\t=1", "  =1", "＝1", 'say "hi", then\r\n"leave"', "a\nb\rc",
+    ";x;", "Größe 🦊 \u2028 \u202e", "\ufeffbom", "", " ", "x" * 40_000, "nul \0 byte", "<script>alert(1)</script>",
+    "'quoted'", "half \ud800",
 ]  # fmt: skip
 
 
@@ -301,7 +301,7 @@ def test_wins_agreement_and_consistency_by_hand(tmp_path: Path) -> None:
     assert (own["annotators"]["ann"]["rate"], own["annotators"]["bob"]["rate"]) == (1.0, 1.0)
     assert own["annotators"]["cid"]["rate"] == 0.0  # the same slot, so never the same system
     assert own["same_slot"] == pytest.approx(10 / 30)
-    # Cid says system 1 where it sits in A; the majority is system 1 for even prompts, and for odd ones where Cid agrees.
+    # Cid says system 1 where it sits in A; the majority does for even prompts, and for odd ones where Cid does.
     said = {(c.annotator, key["items"][c.item]["prompt_id"]): c.system for c in choices
             if not key["items"][c.item]["duplicate_of"]}  # fmt: skip
     wins = found["wins"]["system-0 / system-1"]

@@ -44,12 +44,8 @@ class Cache:
 
     def find(self, question: Mapping[str, Any]) -> Reply | None:
         """The reply to this question, if there is one; a damaged file counts as none and is written anew."""
-        key = _key(question)
-        if key not in self._known and self.folder is not None:
-            reply = _read(self._path(key))
-            if reply is not None:
-                self._known[key] = reply
-        return self._known.get(key)
+        key = question_key(question)
+        return self._known.get(key) if self.folder is None else _read(self._path(key))
 
     def keep(self, question: Mapping[str, Any], reply: Reply) -> Reply:
         """Keeps a reply, or gives back the one that somebody else kept first.
@@ -57,14 +53,14 @@ class Cache:
         Raises:
             UserError: the disk is full, or the folder cannot be written to.
         """
-        key = _key(question)
-        if self.folder is not None:
-            try:
-                reply = _write(self._path(key), question, reply)
-            except OSError as error:
-                reason = error.strerror or type(error).__name__
-                raise UserError(f"{self.folder}: a reply cannot be kept ({reason}); name another cache") from error
-        return self._known.setdefault(key, reply)
+        key = question_key(question)
+        if self.folder is None:
+            return self._known.setdefault(key, reply)
+        try:
+            return _write(self._path(key), question, reply)
+        except OSError as error:
+            reason = error.strerror or type(error).__name__
+            raise UserError(f"{self.folder}: a reply cannot be kept ({reason}); name another cache") from error
 
     def _path(self, key: str) -> Path:
         assert self.folder is not None
@@ -73,10 +69,6 @@ class Cache:
 
 def question_key(question: Mapping[str, Any]) -> str:
     """The name of a question: a hash of all that a reply may depend on."""
-    return _key(question)
-
-
-def _key(question: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(question, sort_keys=True, ensure_ascii=True).encode()).hexdigest()
 
 
