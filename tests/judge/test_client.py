@@ -91,6 +91,13 @@ def test_the_same_question_is_asked_once() -> None:
         assert fake.calls == 2
 
 
+def test_no_proxy_stands_between_this_machine_and_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HTTP_PROXY", "http://127.0.0.1:9")
+    monkeypatch.delenv("NO_PROXY", raising=False)
+    with serving(always("fine")) as fake:
+        assert client_of(fake).complete(asks("q")) == ["fine"]
+
+
 def test_nothing_to_ask() -> None:
     assert ChatClient(Endpoint(base_url="http://127.0.0.1:9/v1")).complete([]) == []
 

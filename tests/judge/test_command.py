@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import shutil
+import signal
+import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +19,7 @@ from alignlab.judge.local import LocalClient, RewardModelScorer
 from alignlab.types import Message, Prompt
 from tests.judge.server import Act, error, serving
 from tests.judge.test_prompts import fences
-from tests.runs import alignlab, debug_run, rows, strict_json, write_rows
+from tests.runs import ROOT, alignlab, debug_run, rows, start_alignlab, strict_json, write_rows
 
 
 @pytest.fixture(autouse=True)
@@ -133,6 +136,70 @@ def test_what_goes_wrong_is_one_line(pair: tuple[Path, Path], tmp_path: Path, mo
     assert done.code == 2 and "OPENAI_API_KEY holds no key" in done.errors[0]
 
 
+def keys_of(content: Any) -> set[str]:
+    """Names of keys at every depth, but for those that are names of data."""
+    if isinstance(content, list):
+        return {key for value in content for key in keys_of(value)}
+    if not isinstance(content, dict):
+        return set()
+    named = {"categories", "turns", "wins", "annotators", "slots"}
+    below = {key for name, value in content.items() for key in keys_of(_values(value) if name in named else value)}
+    return set(content) | below
+
+
+def _values(content: Any) -> list[Any]:
+    return list(content.values()) if isinstance(content, dict) else []
+
+
+def test_the_pages_explain_every_key(pair: tuple[Path, Path], tmp_path: Path) -> None:
+    docs = {name: (ROOT / "docs" / f"{name}.md").read_text("utf-8") for name in ("judge", "human")}
+    with serving(longer) as fake:
+        alignlab("judge", "compare", *pair, "--base-url", fake.url, "--output", tmp_path / "o")
+    found = keys_of(strict_json((tmp_path / "o" / "judge.json").read_text("utf-8")))
+    told = docs["judge"]
+    assert {"win_rate", "length_controlled", "flip_rate", "coefficient"} <= found
+    assert not [key for key in found - {"schema"} if f"`{key}`" not in told]
+    votes = write_rows(
+        tmp_path / "votes.jsonl",
+        [
+            {"prompt_id": f"p{i}", "a": "one", "b": "two", "winner": "ab"[i % 2], "rater": r}
+            for i in range(8)
+            for r in "xy"
+        ],
+    )
+    command = ["judge", "agreement", "--human", votes, "--judge", tmp_path / "o" / "verdicts.jsonl"]
+    assert alignlab(*command, "-o", tmp_path / "a.json").code == 0
+    found = keys_of(strict_json((tmp_path / "a.json").read_text("utf-8")))
+    unexplained = {key for key in found if f"`{key}`" not in told and not key.endswith("_interval")}
+    assert unexplained == {"schema", "raters"}
+
+
+@pytest.mark.slow
+def test_ctrl_c_is_no_error_and_the_same_command_goes_on(tmp_path: Path) -> None:
+    def slow(number: int, body: dict[str, Any]) -> Act:
+        return replace(longer(number, body), wait=0.05)
+
+    one = answers(tmp_path / "one.jsonl", [f"long answer {i}" for i in range(60)])
+    two = answers(tmp_path / "two.jsonl", [f"short {i}" for i in range(60)])
+    with serving(slow) as fake:
+        command = ["judge", "compare", one, two, "--base-url", fake.url, "--cache", tmp_path / "c"]
+        command += ["--output", tmp_path / "o", "--concurrency", "2"]
+        process = start_alignlab(*command)
+        deadline = time.monotonic() + 120
+        while fake.calls < 20 and time.monotonic() < deadline:
+            time.sleep(0.02)
+        process.send_signal(signal.SIGINT)
+        _, err = process.communicate(timeout=60)
+        assert process.returncode == 130 and "stopped; the same command goes on" in err, err
+        kept = len(list((tmp_path / "c").rglob("*.json")))
+        assert 20 <= kept < 120 and kept == fake.calls  # what was under way is kept too
+        fake.script = longer
+        done = alignlab(*command)
+        assert done.code == 0 and fake.calls == 120
+        assert f"{kept} of 120 replies were in the cache" in done.err
+        assert f"{120 - kept} of {120 - kept} replies" in done.err
+
+
 # ---- offline judges --------------------------------------------------------------------------------------------------
 
 
@@ -232,3 +299,8 @@ def test_a_run_can_be_the_judge(pair: tuple[Path, Path], tmp_path: Path) -> None
     done = alignlab("judge", "compare", *pair, "--model", run, "--max-tokens", "4", "-n", "1",
                     "--cache", tmp_path / "c", "--output", tmp_path / "o")  # fmt: skip
     assert done.code == 0, done.err
+    assert "of one family" not in done.out
+    other = debug_run("starter/dpo.yaml")
+    kin = alignlab("judge", "compare", run, other, "--model", run, "--max-tokens", "4", "-n", "1",
+                   "--cache", tmp_path / "c", "--output", tmp_path / "p")  # fmt: skip
+    assert "of one family with starter" in kin.out

@@ -89,6 +89,7 @@ def compare(
         from alignlab.judge.client import ChatClient, Endpoint
         from alignlab.judge.local import LocalClient
         from alignlab.judge.pairwise import compare as by_verdicts
+        from alignlab.pipeline.answers import origins
 
         systems, prompts = _systems([a, b], limit)
         texts = [[system.completions[prompt.id] for prompt in prompts] for system in systems]
@@ -108,11 +109,12 @@ def compare(
                     concurrency=concurrency, max_calls=max_calls, max_cost=max_cost, input_price=input_price,
                     output_price=output_price, cache=cache,
                 )  # fmt: skip
-                client = ChatClient(endpoint)
+                client = ChatClient(endpoint, progress=_progress)
             compared = by_verdicts(
                 client, prompts, *texts, names=names, judge=model or judge,
                 references=[prompt.answer for prompt in prompts] if references else None,
                 models=[name for system in systems for name in system.models],
+                made_from=origins(Path(_policy(model)).parent) if model is not None else (),
             )  # fmt: skip
             spent = f"; called: {client.spent()}" if isinstance(client, ChatClient) else ""
             print(f"{client.replayed} of {2 * len(prompts)} replies were in the cache{spent}", file=sys.stderr)
@@ -219,6 +221,12 @@ def _systems(paths: Sequence[Path], limit: int | None) -> tuple[list[Answers], l
         if left := len(system.prompts) - len(prompts):
             print(f"note: {left} prompts of {system.name} were not answered by all, and are left out", file=sys.stderr)
     return systems, prompts[:limit]
+
+
+def _progress(answered: int, asked: int) -> None:
+    """A line for every tenth of many replies."""
+    if asked >= 50 and answered * 10 // asked > (answered - 1) * 10 // asked:
+        print(f"{answered} of {asked} replies", file=sys.stderr)
 
 
 def _default_cache() -> Path:

@@ -119,14 +119,18 @@ class Endpoint:
     @property
     def sends_key_safely(self) -> bool:
         """Whether the line is encrypted or does not leave this machine."""
-        url = urlsplit(self.where)
-        return url.scheme == "https" or url.hostname in ("localhost", "127.0.0.1", "::1")
+        return self.is_local or urlsplit(self.where).scheme == "https"
+
+    @property
+    def is_local(self) -> bool:
+        return urlsplit(self.where).hostname in ("localhost", "127.0.0.1", "::1")
 
 
 class ChatClient:
     """Replies of one endpoint. Several threads may share it; caps count from when it was made."""
 
-    def __init__(self, endpoint: Endpoint) -> None:
+    def __init__(self, endpoint: Endpoint, *, progress: Callable[[int, int], None] | None = None) -> None:
+        """`progress` is told how many of how many open questions are answered, after each reply."""
         self.endpoint = endpoint
         self.name = endpoint.model
         self.cache = Cache(endpoint.cache)
@@ -134,6 +138,7 @@ class ChatClient:
         self.replayed = 0
         """Replies that came from the cache."""
         self._resume_at = 0.0  # when the endpoint wants to hear from anybody again
+        self._progress = progress
         self._answered = False
         self._limit = "max_tokens"  # what the endpoint calls the longest reply
         self._lock = threading.Lock()
@@ -170,13 +175,20 @@ class ChatClient:
         stop = threading.Event()
         workers = ThreadPoolExecutor(min(self.endpoint.concurrency, len(questions)), "judge")
         running: list[Future[Reply]] = []
+        answered = 0
 
         def ask(question: Mapping[str, Any]) -> Reply:
+            nonlocal answered
             try:
-                return self._ask(question, stop)
+                reply = self._ask(question, stop)
             except BaseException:
                 stop.set()
                 raise
+            with self._lock:
+                answered += 1
+                if self._progress is not None:
+                    self._progress(answered, len(questions))
+            return reply
 
         try:
             running = [workers.submit(ask, question) for question in questions]
@@ -187,7 +199,7 @@ class ChatClient:
         over = [future for future in running if not future.cancelled()]
         failures = [error for future in over if (error := future.exception()) and not isinstance(error, _Stopped)]
         if failures:
-            raise self._summed_up(failures, len(questions), sum(future.exception() is None for future in over))
+            raise self._summed_up(failures, len(questions), answered)
         return [future.result() for future in running]
 
     def _summed_up(self, failures: Sequence[BaseException], asked: int, answered: int) -> BaseException:
@@ -316,6 +328,7 @@ class ChatClient:
             key = ""  # OpenAI's key is not for whoever listens on the way to another machine
         http = openai.DefaultHttpxClient(
             follow_redirects=False,
+            trust_env=not endpoint.is_local,  # no proxy stands between this machine and itself
             event_hooks={"response": [_bounded(endpoint.timeout)]},
             headers={"Accept-Encoding": "identity"},
         )

@@ -89,6 +89,7 @@ def compare(
     judge: str | None = None,
     references: Sequence[str | None] | None = None,
     models: Sequence[str] = (),
+    made_from: Sequence[str] = (),
 ) -> Comparison:
     """Asks a judge about every prompt in both orders.
 
@@ -97,6 +98,7 @@ def compare(
         judge: its name; None = what the client calls itself.
         references: good answers that the judge is shown, where there are any.
         models: models that the systems were made from, to warn where the judge is of their family.
+        made_from: models that the judge was made from, where it is one of ours.
 
     Raises:
         UserError: the client cannot go on (see `ChatClient.complete`).
@@ -116,7 +118,12 @@ def compare(
         verdicts = (_of_order(said[2 * i], "a", "b"), _of_order(said[2 * i + 1], "b", "a"))
         games.append(_game(prompt, verdicts, (replies[2 * i], replies[2 * i + 1]), one, other))
     return Comparison(
-        a=names[0], b=names[1], judge=name, kind="judge", games=tuple(games), warnings=same_family(name, models)
+        a=names[0],
+        b=names[1],
+        judge=name,
+        kind="judge",
+        games=tuple(games),
+        warnings=same_family(name, models, made_from),
     )
 
 
@@ -195,10 +202,15 @@ def position(games: Sequence[Game]) -> dict[str, Any]:
     }
 
 
-def same_family(judge: str, models: Sequence[str]) -> tuple[str, ...]:
-    """A warning where the judge is of the same family as a model that it judges."""
-    own = family(judge)
-    related = sorted({model for model in models if (own and family(model) == own) or model == judge})
+def same_family(judge: str, models: Sequence[str], made_from: Sequence[str] = ()) -> tuple[str, ...]:
+    """A warning where the judge is of the same family as a model that it judges.
+
+    Args:
+        made_from: models that the judge was made from.
+    """
+    names = {judge, *made_from}
+    own = {family(name) for name in names} - {""}
+    related = sorted({model for model in models if family(model) in own or model in names})
     if not related:
         return ()
     return (
@@ -247,13 +259,13 @@ def _rates(rate: WinRate) -> dict[str, Any]:
     }
 
 
-def _lengths(games: Sequence[Game]) -> dict[str, float]:
+def _lengths(games: Sequence[Game]) -> dict[str, float | None]:
     longer = [game for game in games if game.lengths[0] != game.lengths[1] and game.winner != "tie"]
     won = sum((game.lengths[0] > game.lengths[1]) == (game.winner == "a") for game in longer)
     return {
         "a": sum(game.lengths[0] for game in games) / len(games),
         "b": sum(game.lengths[1] for game in games) / len(games),
-        "longer_wins": won / len(longer) if longer else math.nan,
+        "longer_wins": won / len(longer) if longer else None,
     }
 
 

@@ -23,11 +23,11 @@ MOST_CHARACTERS = 100_000
 _NUMBER = r"(?<![\w.,+/-])(?P<number>[+-]?(?:\d{1,3}(?:,\d{3}){1,4}|\d{1,12})(?:\.\d{1,12}|,\d{1,2}(?!\d))?)"
 _AFTER = r"(?![\w%])(?!\.\d)(?! ?[-–] ?\d)"  # not `8th`, `80%`, `1.2.3`, `7-8`
 _SCALE = r"(?:\s?(?:/|out of|of)\s?(?P<scale>\d{1,6}(?:\.\d{1,6})?))?"
-_MARKS = r"[\s*_`#\[({<:=\-]{0,12}"
+_MARKS = r"[\s*_`#\[({<:=|–—\-]{0,12}"
 _EDGE = r"(?P<edge>^[\s*_`#>\-]{0,8})?"
 _SAID = re.compile(
-    rf"{_EDGE}\b(?P<whole>(?:final|overall|total) )?(?:score|rating|grade|mark|points?)\b[\s*_`]{{0,8}}(?:is|of|was)?"
-    rf"{_MARKS}{_NUMBER}{_SCALE}{_AFTER}",
+    rf"{_EDGE}\b(?P<whole>(?:final|overall|total) )?(?:score|rating|grade|mark|points?)\b"
+    rf"(?:[ (]{{1,2}}out of \d{{1,4}}\)?)?[\s*_`]{{0,8}}(?:is|of|was)?{_MARKS}{_NUMBER}{_SCALE}{_AFTER}",
     re.IGNORECASE | re.MULTILINE,
 )
 _NO_NUMBER = re.compile(

@@ -41,7 +41,7 @@ def read_system(path: Path) -> Answers:
         name=answers.name,
         prompts=answers.prompts,
         completions=answers.completions,
-        models=tuple(dict.fromkeys((*answers.models, *_models(folder)))),
+        models=tuple(dict.fromkeys((*answers.models, *origins(folder)))),
         reward_model=str(_provenance(folder).get("reward_model") or ""),
     )
 
@@ -62,11 +62,13 @@ def _asked(folder: Path) -> dict[str, Prompt]:
     return {item.id: item for item in held_out_items(parse_recipe(raw, path).stages[-1]) if isinstance(item, Prompt)}
 
 
-def _models(folder: Path) -> tuple[str, ...]:
-    """The model that the chain of stages began with, as far as its folders are still there."""
+def origins(folder: Path) -> tuple[str, ...]:
+    """The models that a stage and those it started from name, as far as their folders are still there."""
     names: list[str] = []
     for _ in range(20):
-        raw: Mapping[str, Any] = read_mapping(folder / "recipe.yaml") if (folder / "recipe.yaml").is_file() else {}
+        path = folder / "recipe.yaml"
+        raw: Mapping[str, Any] = read_mapping(path) if path.is_file() else {}
+        raw = (raw.get("stages") or [raw])[-1]
         name = str(_model_name(raw) or "")
         if name:
             names.append(name)
