@@ -115,6 +115,22 @@ def test_an_obedient_judge_that_repeats_an_injection_is_not_obeyed() -> None:
     assert result["losses"] == 1
 
 
+def test_nobody_is_asked_about_one_and_the_same_text() -> None:
+    asked: list[str] = []
+
+    def say(first: str, second: str) -> str:
+        asked.append(first)
+        return "Verdict: A"
+
+    result = found(say, ["same", "x", "same"], ["same", "y", "same"])
+    assert asked == ["x", "y"]
+    assert (result["identical"], result["ties"], result["games"], result["unread"]) == (2, 3, 3, 0)
+    assert result["flip_rate"] == 1.0  # of the one that was judged
+    assert any("2 of them because both answers are the same" in w for w in result["warnings"])
+    comparison = compare(Judge(say), prompts(1), ["same"], ["same"])
+    assert comparison.games[0].consistent and comparison.games[0].winner == "tie"
+
+
 def test_by_category() -> None:
     kinds = prompts(6, lambda i: "math" if i < 4 else "writing")
     a, b = ["xx"] * 3 + ["x"] * 3, ["x"] * 3 + ["xx"] * 3

@@ -186,9 +186,9 @@ def test_clustered_intervals_cover_where_naive_ones_do_not() -> None:
 
 def test_length_control_says_why_there_is_none() -> None:
     assert "every game" in length_controlled([1, 1, 1], [1, 2, 3]).note
-    assert "lengths" in length_controlled([1, 0, 1], [2, 2, 2]).note
-    assert "few prompts" in length_controlled([1, 0, 1, 0], [1, 2, 3, 4], ["p", "p", "q", "q"]).note
-    separated = length_controlled([1, 1, 1, 0, 0, 0], [3, 2, 1, -1, -2, -3])
+    assert "lengths" in length_controlled([1, 0] * 10, [2] * 20).note
+    assert "fewer than 20 prompts" in length_controlled([1, 0] * 20, range(40), [i // 3 for i in range(40)]).note
+    separated = length_controlled([1] * 15 + [0] * 15, [*range(15, 0, -1), *range(-1, -16, -1)])
     assert separated.rate == pytest.approx(0.5, abs=0.01)  # length alone decides, and the prior keeps it finite
     assert separated.coefficient is not None and 3 < separated.coefficient < 100
 

@@ -116,8 +116,9 @@ def compare(
                 models=[name for system in systems for name in system.models],
                 made_from=origins(Path(_policy(model)).parent) if model is not None else (),
             )  # fmt: skip
+            asked = sum(len(game.verdicts) for game in compared.games)
             spent = f"; called: {client.spent()}" if isinstance(client, ChatClient) else ""
-            print(f"{client.replayed} of {2 * len(prompts)} replies were in the cache{spent}", file=sys.stderr)
+            print(f"{client.replayed} of {asked} replies were in the cache{spent}", file=sys.stderr)
         folder = output or Path("runs") / "judge" / _file_name(f"{names[0]}-{names[1]}")
         _write_comparison(compared, folder)
         _show(compared.to_json())
@@ -263,7 +264,7 @@ def _by_reward_model(
         RewardModelScorer(stage.model),
         prompts,
         *texts,
-        judge=str(run),
+        judge=run.resolve().name,
         kind="reward model",
         names=names,
         warnings=warnings,

@@ -40,7 +40,8 @@ class Game:
     winner: Winner | None
     """None where a verdict could not be read."""
     verdicts: tuple[Winner | None, ...]
-    """With a's answer shown first, then with b's; one verdict of a judge that sees no order."""
+    """With a's answer shown first, then with b's; one verdict of a judge that sees no order; none where both answers
+    are the same text, which is a tie that nobody is asked about."""
     replies: tuple[str, ...]
     """What the judge wrote, in the same order; the two scores of a scorer."""
     lengths: tuple[int, int]
@@ -49,7 +50,7 @@ class Game:
     @property
     def consistent(self) -> bool:
         """Whether every order led to the same verdict."""
-        return None not in self.verdicts and len(set(self.verdicts)) == 1
+        return None not in self.verdicts and len(set(self.verdicts)) <= 1
 
     def to_json(self) -> dict[str, Any]:
         """A row of verdicts.jsonl."""
@@ -76,7 +77,9 @@ class Comparison:
         }
         found = {"schema": 1, "a": self.a, "b": self.b, "judge": self.judge, "kind": self.kind}
         overall = numbers(self.games)
-        return found | overall | {"categories": by_category, "warnings": [*self.warnings, *_warnings(overall)]}
+        return (
+            found | overall | {"categories": by_category, "warnings": [*self.warnings, *_warnings(overall, self.kind)]}
+        )
 
 
 def compare(
@@ -108,15 +111,19 @@ def compare(
     known = [None] * len(prompts) if references is None else list(references)
     conversations, judged = [], []
     for prompt, one, other, reference in zip(prompts, a, b, known, strict=True):
-        for first, second in ((one, other), (other, one)):
+        for first, second in ((one, other), (other, one)) if one != other else ():
             conversations.append(pairwise(prompt, first, second, reference=reference))
             judged.append("\n".join([*(m.content for m in prompt.messages), shortened(first), shortened(second)]))
     replies = client.complete(conversations)
-    said = [parse_verdict(reply, judged=text) for reply, text in zip(replies, judged, strict=True)]
+    said = iter([(reply, parse_verdict(reply, judged=text)) for reply, text in zip(replies, judged, strict=True)])
     games = []
-    for i, (prompt, one, other) in enumerate(zip(prompts, a, b, strict=True)):
-        verdicts = (_of_order(said[2 * i], "a", "b"), _of_order(said[2 * i + 1], "b", "a"))
-        games.append(_game(prompt, verdicts, (replies[2 * i], replies[2 * i + 1]), one, other))
+    for prompt, one, other in zip(prompts, a, b, strict=True):
+        if one == other:
+            games.append(_game(prompt, (), (), one, other))
+            continue
+        (reply, forward), (swapped_reply, swapped) = next(said), next(said)
+        verdicts = (_of_order(forward, "a", "b"), _of_order(swapped, "b", "a"))
+        games.append(_game(prompt, verdicts, (reply, swapped_reply), one, other))
     return Comparison(
         a=names[0],
         b=names[1],
@@ -156,7 +163,8 @@ def compare_scores(
     games = []
     for prompt, one, other, left, right in zip(prompts, a, b, scores, scores[len(prompts) :], strict=False):
         winner: Winner = "tie" if abs(left - right) <= tie_within else "a" if left > right else "b"
-        games.append(_game(prompt, (winner,), (f"{left:.6g}", f"{right:.6g}"), one, other))
+        verdicts: tuple[Winner, ...] = () if one == other else (winner,)
+        games.append(_game(prompt, verdicts, (f"{left:.6g}", f"{right:.6g}"), one, other))
     return Comparison(a=names[0], b=names[1], judge=judge, kind=kind, games=tuple(games), warnings=tuple(warnings))
 
 
@@ -164,6 +172,7 @@ def numbers(games: Sequence[Game]) -> dict[str, Any]:
     """All that is said of some games; what cannot be computed from them is None."""
     judged = [game for game in games if game.winner is not None]
     found: dict[str, Any] = {"games": len(games), "unread": len(games) - len(judged)}
+    found["identical"] = sum(not game.verdicts for game in games)
     if not judged:
         return found | {"wins": 0, "ties": 0, "losses": 0, "win_rate": None}
     outcomes, prompts = (
@@ -222,7 +231,7 @@ def same_family(judge: str, models: Sequence[str], made_from: Sequence[str] = ()
 def _game(prompt: Prompt, verdicts: tuple[Winner | None, ...], replies: tuple[str, ...], one: str, other: str) -> Game:
     winner: Winner | None = None
     if None not in verdicts:
-        winner = verdicts[0] if len(set(verdicts)) == 1 else "tie"
+        winner = verdicts[0] if len(set(verdicts)) == 1 else "tie"  # also where nobody was asked
     category = str(prompt.meta.get("category") or prompt.task)
     return Game(
         prompt_id=prompt.id, category=category, winner=winner, verdicts=verdicts, replies=replies,
@@ -269,16 +278,16 @@ def _lengths(games: Sequence[Game]) -> dict[str, float | None]:
     }
 
 
-def _warnings(found: Mapping[str, Any]) -> list[str]:
+def _warnings(found: Mapping[str, Any], kind: str) -> list[str]:
     """What the numbers themselves warn of."""
     said = []
     if found["win_rate"] is None:
         return ["no verdict could be read: see the replies in verdicts.jsonl"]
     if found["tie_share"] > MANY_TIES:
-        flips = f"; in {found['flip_rate']:.0%} the verdict changed with the order" if found["flip_rate"] else ""
-        said.append(
-            f"{found['tie_share']:.0%} of the games are ties: the judge can hardly tell these systems apart{flips}"
-        )
+        more = f"; {found['identical']} of them because both answers are the same" if found["identical"] else ""
+        more += f"; in {found['flip_rate']:.0%} the verdict changed with the order" if found["flip_rate"] else ""
+        ties = f"{found['tie_share']:.0%} of the games are ties"
+        said.append(f"{ties}: the {kind} can hardly tell these systems apart{more}")
     if found["unread"] > MANY_UNREAD * found["games"]:
         said.append(
             f"{found['unread']} of {found['games']} games have no verdict that could be read; they are left out"

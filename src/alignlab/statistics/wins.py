@@ -16,6 +16,8 @@ from alignlab.statistics.aggregates import FloatArray, finite_array, tail_probab
 from alignlab.statistics.agreement import IntArray, mcnemar_exact
 from alignlab.statistics.inference import wilson_interval
 
+FEWEST_FOR_LENGTH = 20
+"""Prompts below which no win rate at equal length is given: its interval would promise more than it holds."""
 LENGTH_PRIOR_SD = 10.0
 """Standard deviation of the prior on the length coefficient, in logits; it only keeps a separated fit finite."""
 
@@ -169,8 +171,10 @@ def length_controlled(
     if rate in (0.0, 1.0):
         return _noted(none, "one system won every game, at any length")
     spread = float(longer.std())
-    if spread == 0.0 or int(group.max()) < 2:
-        return _noted(none, "the lengths always differ by the same" if spread == 0.0 else "too few prompts")
+    if int(group.max()) + 1 < FEWEST_FOR_LENGTH:
+        return _noted(none, f"fewer than {FEWEST_FOR_LENGTH} prompts")
+    if spread == 0.0:
+        return _noted(none, "the lengths always differ by the same")
     features = np.stack([np.ones(won.size), np.tanh(longer / spread)], 1)  # (n, 2)
     penalty = np.diag([0.0, LENGTH_PRIOR_SD**-2])
     beta = _logistic(features, won, penalty)
