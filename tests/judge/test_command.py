@@ -16,6 +16,7 @@ from alignlab import starter
 from alignlab.errors import UserError
 from alignlab.judge import client as client_module
 from alignlab.judge.local import LocalClient, RewardModelScorer
+from alignlab.tracking import write_json
 from alignlab.types import Message, Prompt
 from tests.judge.server import Act, error, serving
 from tests.judge.test_prompts import fences
@@ -218,6 +219,25 @@ def test_runs_are_compared_by_their_evaluations(tmp_path: Path) -> None:
     assert first["text"] in asked
     data = {row["id"]: row for task in starter.DATA.iterdir() for row in rows(task / "validation.jsonl")}
     assert data[first["prompt_id"]]["messages"][-1]["content"] in asked
+
+
+def test_an_evaluation_apart_is_read_with_the_prompts_of_its_run(tmp_path: Path) -> None:
+    """Samples by decoding, without what was asked: the greedy ones, and the prompts of the run's data."""
+    run = debug_run("starter/sft.yaml")
+    samples = strict_json((run / "evaluation_samples.json").read_text("utf-8"))
+    for name, text in (("one", "first"), ("two", "second")):
+        greedy = [{**row, "text": f"{text} {i}"} for i, row in enumerate(samples)]
+        (tmp_path / name).mkdir()
+        write_json(tmp_path / name / "evaluation_samples.json", {"sampled": samples, "greedy": greedy})
+        write_json(tmp_path / name / "evaluation.json", {"run": str(run)})
+    with serving(longer) as fake:
+        done = alignlab("judge", "compare", tmp_path / "one", tmp_path / "two", "--base-url", fake.url, "-n", "3",
+                        "--output", tmp_path / "o")  # fmt: skip
+    assert done.code == 0, done.err
+    assert strict_json((tmp_path / "o" / "judge.json").read_text("utf-8"))["losses"] == 3
+    (tmp_path / "one" / "evaluation_samples.json").write_text("{", "utf-8")
+    broken = alignlab("judge", "compare", tmp_path / "one", tmp_path / "two", "--oracle", cwd=tmp_path)
+    assert broken.code == 2 and "damaged" in broken.errors[0]
 
 
 def test_a_reward_model_judges_and_says_whose_teacher_it_was(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from alignlab.data.files import read_file
 from alignlab.errors import UserError
 from alignlab.judge.answers import Answers, answers_from_rows, read_answers
 from alignlab.pipeline.identity import finished_folder
-from alignlab.pipeline.items import held_out_items
+from alignlab.pipeline.items import held_out_items, load_items
 from alignlab.recipe import parse_recipe, read_mapping
 from alignlab.types import Prompt
 
@@ -34,7 +35,7 @@ def read_system(path: Path) -> Answers:
             f"{path}: no {SAMPLES[0]}, so it has no answers to compare; evaluate it (evaluation.prompts_per_task above "
             "0), or give a file with prompt and completion"
         )
-    rows = read_file(found)
+    rows = _rows(found)
     known = {} if all("messages" in row or "prompt" in row for row in rows) else _asked(folder)
     answers = answers_from_rows(rows, path.resolve().name, str(found), known)
     return Answers(
@@ -42,7 +43,7 @@ def read_system(path: Path) -> Answers:
         prompts=answers.prompts,
         completions=answers.completions,
         models=tuple(dict.fromkeys((*answers.models, *origins(folder)))),
-        reward_model=str(_provenance(folder).get("reward_model") or ""),
+        reward_model=str(_record(folder / "provenance.json").get("reward_model") or ""),
     )
 
 
@@ -50,16 +51,33 @@ def _samples(folder: Path) -> Path | None:
     return next((folder / name for name in SAMPLES if (folder / name).is_file()), None)
 
 
+def _rows(path: Path) -> list[dict[str, Any]]:
+    """Samples of an evaluation; of several decodings the greedy one, or else the first."""
+    if path.suffix == ".json":
+        try:
+            content = json.loads(path.read_text("utf-8"))
+        except (OSError, ValueError) as error:
+            raise UserError(f"{path}: damaged ({type(error).__name__}); evaluate again") from error
+        if isinstance(content, dict) and content and all(isinstance(rows, list) for rows in content.values()):
+            return list(content.get("greedy") or next(iter(content.values())))
+    return read_file(path)
+
+
 def _asked(folder: Path) -> dict[str, Prompt]:
-    """The prompts that a run's evaluation was from, by id."""
+    """The prompts that a run's evaluation may be from, by id; of an evaluation apart, those of the run it was of."""
     path = folder / "recipe.yaml"
     if not path.is_file():
-        return {}
+        run = Path(str(_record(folder / "evaluation.json").get("run") or folder))
+        return {} if run == folder or not run.is_dir() else _asked(finished_folder(run, "policy"))
     raw = dict(read_mapping(path))
     for stage in raw.get("stages") or [raw]:  # what they depend on may not be there any more
         for other in ("start", "reward_model", "teacher"):
             stage.pop(other, None)
-    return {item.id: item for item in held_out_items(parse_recipe(raw, path).stages[-1]) if isinstance(item, Prompt)}
+    stage = parse_recipe(raw, path).stages[-1]
+    items = list(held_out_items(stage))
+    with suppress(UserError):  # most data have no test split of their own
+        items += load_items(stage, "prompts", "test")
+    return {item.id: item for item in items if isinstance(item, Prompt)}
 
 
 def origins(folder: Path) -> tuple[str, ...]:
@@ -84,9 +102,9 @@ def _model_name(raw: Mapping[str, Any]) -> Any:
     return model.get("name") if isinstance(model, Mapping) else model
 
 
-def _provenance(folder: Path) -> dict[str, Any]:
+def _record(path: Path) -> dict[str, Any]:
     try:
-        found = json.loads((folder / "provenance.json").read_text("utf-8"))
+        found = json.loads(path.read_text("utf-8"))
     except (OSError, ValueError):
         return {}
     return found if isinstance(found, dict) else {}
