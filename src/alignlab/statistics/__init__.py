@@ -1,6 +1,33 @@
 """Arrays in, numbers out: what a handful of runs can and cannot show; scores per run and prompt → verdicts.
 
 `effects` compares two arms run by run (Cohen's d, Hedges' g), `inference` puts intervals and verdicts on gains over
-seeds and prompts, `aggregates` describes scores and learning curves, `calibration` compares stated probabilities with
-what happens. No model, no file, no configuration in here.
+seeds and prompts, `clustered` puts them on what is measured on several samples a prompt, `aggregates` describes scores
+and learning curves, `calibration` compares stated probabilities with what happens. No model, no file, no configuration
+in here.
 """
+
+from alignlab.statistics.clustered import (
+    bootstrap_interval,
+    clustered_interval,
+    clustered_proportion,
+    clustered_standard_error,
+    jackknife_interval,
+    mean_interval,
+    paired_interval,
+    ratio_interval,
+)
+from alignlab.statistics.inference import Interval, prompt_interval, wilson_interval
+
+__all__ = [
+    "Interval",
+    "bootstrap_interval",
+    "clustered_interval",
+    "clustered_proportion",
+    "clustered_standard_error",
+    "jackknife_interval",
+    "mean_interval",
+    "paired_interval",
+    "prompt_interval",
+    "ratio_interval",
+    "wilson_interval",
+]
