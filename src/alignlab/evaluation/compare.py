@@ -56,9 +56,9 @@ def compare(model: Found, baseline: Found, clusters: Sequence[str]) -> dict[str,
         if other is None or whole.interval == "none":
             continue
         both_apply = np.flatnonzero(_applies(whole, clusters) & _applies(other, clusters))
-        here = [clusters[i] for i in both_apply]
-        if interval := _of_whole(whole, other, both_apply, here):
-            found[name] = _difference(interval, here)
+        of_both = [clusters[i] for i in both_apply.tolist()]
+        if interval := _of_whole(whole, other, both_apply, of_both):
+            found[name] = _difference(interval, of_both)
     return found
 
 

@@ -189,8 +189,8 @@ def estimates(found: Found, clusters: Sequence[str], index: Sequence[int] | None
         if here:
             result[name] = estimate([value for value, _ in here], [cluster for _, cluster in here])
     for name, whole in found.whole.items():
-        if here := [i for i in chosen if whole.applies is None or whole.applies[i]]:
-            result[name] = _of_whole(whole, clusters, here)
+        if places := [i for i in chosen if whole.applies is None or whole.applies[i]]:
+            result[name] = _of_whole(whole, clusters, places)
     return result
 
 

@@ -50,9 +50,8 @@ def _find(answers: Answers, settings: Settings) -> Found:
         return corpus_bleu(counts[index])
 
     sentences = on_references(answers, lambda t, r: {"bleu/sentence": sentence_bleu(t, r)})
-    return Found(
-        values=sentences, whole={"bleu/corpus": Whole(statistic=corpus, applies=list(map(bool, answers.references)))}
-    )
+    has_reference = [bool(reference) for reference in answers.references]
+    return Found(values=sentences, whole={"bleu/corpus": Whole(statistic=corpus, applies=has_reference)})
 
 
 MEASURE = Measure(
