@@ -264,8 +264,6 @@ class EvaluationSection(Section):
     """Encoder of the measure `bertscore`: a folder or a hub id."""
     word_limit: int = Field(60, ge=1)
     """Words an answer may have in the measure `verbosity`."""
-    run_code: bool = False
-    """Whether the measure `pass_at_k` may run what the model wrote, for prompts graded by unit tests."""
     best: BestSection | None = None
     """Which policy becomes the result; null = the last one."""
 

@@ -50,9 +50,6 @@ def evaluate(
     ] = None,
     encoder: Annotated[str, typer.Option(help="bertscore: folder or hub id of its encoder.")] = "",
     word_limit: Annotated[int, typer.Option(help="verbosity: words an answer may have.", min=1)] = 60,
-    run_code: Annotated[
-        bool, typer.Option("--run-code", help="pass_at_k: run what the model wrote, where unit tests grade it.")
-    ] = False,
     max_tokens: Annotated[
         int | None, typer.Option(help="Longest completion; default: as in the recipe.", min=1, show_default=False)
     ] = None,
@@ -85,7 +82,7 @@ def evaluate(
             temperature=temperature,
             top_k=top_k,
             measures=tuple(measure) if measure else None,
-            settings=Settings(encoder=encoder, word_limit=word_limit, run_code=run_code),
+            settings=Settings(encoder=encoder, word_limit=word_limit),
             suites=tuple(suite or ()),
             max_tokens=max_tokens,
             chat=chat_template,
@@ -135,6 +132,8 @@ def _print_tables(
         for name in ("categories",):
             _print_groups(console, name, per_decoding)
     for comparison in comparisons:
+        if not comparison["differences"]:
+            continue
         table = Table(
             title=f"{comparison['model']} minus {comparison['against']} ({comparison['decoding']})",
             title_justify="left",
@@ -149,7 +148,7 @@ def _print_tables(
     for one, content in zip(evaluated[0], files, strict=True):
         for table in _suites(one.subject.label, content.get("suites", {})):
             console.print(table)
-    if comparisons:
+    if any(comparison["differences"] for comparison in comparisons):
         console.print("* the interval leaves out 0; of twenty metrics that do not differ one is expected to")
 
 

@@ -97,11 +97,11 @@ def run_harness(
 
 
 def _plain(values: dict[str, Any]) -> dict[str, Any]:
-    """`exact_match,strict-match` -> its number; NaN and N/A, where there is no standard error, as null."""
+    """`exact_match,strict-match` -> its number; where there is no standard error (N/A), null."""
     return {
         name: (float(value) if isinstance(value, int | float) and value == value else None)
         for name, value in values.items()
-        if name != "alias" and not isinstance(value, dict | list)
+        if "," in name  # metric and filter; the others are names and counts
     }
 
 

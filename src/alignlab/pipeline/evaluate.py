@@ -47,7 +47,7 @@ from alignlab.rollout import Limits, encode_pairs
 from alignlab.statistics.clustered import ratio_interval
 from alignlab.tasks import get_task
 from alignlab.tracking import write_json
-from alignlab.types import Prompt, Row
+from alignlab.types import Row
 
 USUAL = ("verbosity", "distinct")
 """Measured of every task, beside what it names itself."""
@@ -190,19 +190,11 @@ def _measurable(
             if name not in OF_THE_MODEL:
                 references = [questions.references.get(p.id, p.answer) for p in questions.prompts]
                 check_prompts([name], questions.prompts, references)
-            _require_runnable(name, questions.prompts, settings)
         except UserError as error:
             say(f"not measured: {error}")
             continue
         kept.append(name)
     return tuple(kept)
-
-
-def _require_runnable(name: str, prompts: Sequence[Prompt], settings: Settings) -> None:
-    if name == "pass_at_k" and any(prompt.meta.get("grading") == "tests" for prompt in prompts):
-        from alignlab.evaluation.measures.pass_at_k import require_running
-
-        require_running(settings)
 
 
 def limits_for(subjects: Sequence[Subject], plan: Plan) -> Limits:

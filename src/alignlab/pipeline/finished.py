@@ -46,13 +46,23 @@ def start_policy(stage: Stage, start: str | None, folder: Path, cache: Path) -> 
 
 
 def start_folder(start: str, folder: Path, cache: Path) -> Path | None:
-    """The run folder of the policy that the stage in `folder` started from, known by its key; None if it is gone."""
-    key = read_key(folder / "provenance.json", "start")
-    named = [Path(start), *Path(start).iterdir()] if Path(start).is_dir() else []
+    """The run folder of the policy that the stage in `folder` started from; None if it is gone."""
+    return _made_for(folder, "start", "policy", start, cache)
+
+
+def reward_model_folder(reward_model: str, folder: Path, cache: Path) -> Path | None:
+    """The run folder of the reward model that the stage in `folder` used; None if it is gone."""
+    return _made_for(folder, "reward_model", "reward_model", reward_model, cache)
+
+
+def _made_for(folder: Path, role: str, kind: str, named: str, cache: Path) -> Path | None:
+    """A finished stage, known by the key that the one in `folder` noted: where it was named, beside it, or cached."""
+    key = read_key(folder / "provenance.json", role)
+    inside = [Path(named), *Path(named).iterdir()] if Path(named).is_dir() else []
     cached = cache.glob(f"*-{key[:16]}") if cache.is_dir() else ()
-    candidates: list[Path] = [*named, *folder.parent.iterdir(), *cached]
+    candidates: list[Path] = [*inside, *folder.parent.iterdir(), *cached]
     for candidate in candidates:
-        made = (candidate / "policy").is_dir() and (candidate / DONE).is_file()
+        made = (candidate / kind).is_dir() and (candidate / DONE).is_file()
         if made and read_key(candidate / DONE, "key") == key:
             return candidate
     return None

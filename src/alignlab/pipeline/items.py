@@ -105,7 +105,7 @@ def held_out_items(stage: Stage) -> list[Any]:
 def measure_settings(stage: Stage) -> Settings:
     """What the recipe tells its measures."""
     evaluation = stage.evaluation
-    return Settings(encoder=evaluation.encoder, word_limit=evaluation.word_limit, run_code=evaluation.run_code)
+    return Settings(encoder=evaluation.encoder, word_limit=evaluation.word_limit)
 
 
 def text_measures(stage: Stage) -> tuple[str, ...]:

@@ -79,9 +79,7 @@ def find_subject(run: str, cache: Path) -> Subject:
         choice = replace(model_choice(ModelSection(name=run), run), adapter=None)
         return Subject(label=_label(run), run=run, choice=choice, template=_template(where))
     if (path / "reward_model").is_dir() and not (path / "policy").is_dir():
-        raise UserError(
-            f"{run}: trained a reward model, which writes nothing; alignlab doctor reward {run} examines it"
-        )
+        raise UserError(f"{run}: made a reward model, which writes nothing; alignlab doctor reward {run} examines it")
     folder = finished_folder(path, "policy")
     made = read_done(folder)
     recipe, stage, start = recipe_of(folder)
@@ -202,7 +200,8 @@ def _from_files(where: Path, task: str, kind: Kind, split: Split) -> Sequence[An
             there = sorted(file.name for file in path.glob("*.jsonl"))
             raise UserError(f"{where}: no {name} in it; there are {', '.join(there) or 'no .jsonl files'}")
         path = path / name
-    source = DataSource(path=str(path), validation_fraction=0.0, task=task)
+    most = 1.0 if kind == "examples" else DataSource.max_dropped_fraction  # some prompts have no demonstration
+    source = DataSource(path=str(path), validation_fraction=0.0, task=task, max_dropped_fraction=most)
     return load_examples(source, kind, "train").items
 
 

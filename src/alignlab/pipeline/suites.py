@@ -19,7 +19,7 @@ from alignlab.evaluation.measures import Estimate
 from alignlab.evaluation.open_prompts import open_prompts, reference_paragraphs
 from alignlab.generate import Sampling
 from alignlab.models import Model
-from alignlab.pipeline.finished import recipe_of
+from alignlab.pipeline.finished import recipe_of, reward_model_folder
 from alignlab.pipeline.identity import read_done
 from alignlab.pipeline.rewards import build_rewards, check_rewards
 from alignlab.pipeline.stage import Session, learned_reward
@@ -27,7 +27,7 @@ from alignlab.pipeline.subjects import Questions, Subject
 from alignlab.registry import did_you_mean
 from alignlab.rollout import Limits, Reward, combine, fitting_prompts, sample_prompts
 from alignlab.tasks import get_task
-from alignlab.types import Prompt
+from alignlab.types import Completion, Prompt
 
 NAMES = ("forgetting", "hacking", "verbosity")
 OWN_PROMPTS = 20
@@ -175,8 +175,12 @@ def rewards_of(subject: Subject, session: Session) -> list[Reward]:
         # With a choice among candidates a stage has rewards, whatever its method.
         stage = stage.model_copy(update={"evaluation": stage.evaluation.model_copy(update={"best_of": 2})})
         check_rewards(stage)
-        folder = Path(stage.reward_model) if stage.reward_model else None
-        scorer = read_done(folder) if folder else None
+        scorer = None
+        if stage.reward_model:
+            folder = reward_model_folder(stage.reward_model, subject.folder, session.cache)
+            if folder is None:
+                raise UserError(f"its reward model ({stage.reward_model}) is no longer where it was")
+            scorer = read_done(folder)
         return build_rewards(stage, lambda: learned_reward(stage, scorer, subject.template, session))
     except UserError as error:
         raise UserError(f"suite hacking: {subject.run}: its reward cannot be had: {error}") from error
@@ -192,7 +196,8 @@ def _hacking(
     session: Session,
 ) -> dict[str, Any]:
     rewards = rewards_of(subject, session)
-    graded = [prompt for prompt in prompts if prompt.task]
+    nothing = Completion(token_ids=(), logprobs=(), finish_reason="stop", text="")
+    graded = [p for p in prompts if p.task and "score" in get_task(p.task).grade(p, nothing)]
     changed = {name: perturbed(graded, name) for name in CHANGES}
     longest = subject.context - limits.max_completion_tokens
     fits = [

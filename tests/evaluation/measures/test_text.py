@@ -176,10 +176,12 @@ def test_pass_at_k_of_prompts() -> None:
     assert {name: e.value for name, e in found.items()} == pytest.approx({"pass/at_1": 0.25, "pass/at_4": 0.5})
 
 
-def test_code_of_the_models_is_run_only_if_that_was_asked_for() -> None:
-    said = answers(["import os"], scores=[0.0], meta={"grading": "tests", "tests": ["assert False"]})
-    with pytest.raises(UserError, match="--run-code"):
-        find_all(["pass_at_k"], said, Settings())
+def test_prompts_graded_by_unit_tests_need_leave_to_run_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("ALIGNLAB_RUN_CODE", raising=False)
+    said = answers(["import os"], meta={"grading": "tests", "tests": ["assert False"]})
+    with pytest.raises(UserError, match="ALIGNLAB_RUN_CODE=1"):
+        check_prompts(["pass_at_k"], said.prompts, [None])
+    assert find_all(["pass_at_k"], said, Settings()).values == {}
 
 
 def test_agreement_and_how_often_it_is_right() -> None:

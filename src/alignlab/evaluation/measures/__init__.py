@@ -42,8 +42,6 @@ class Settings:
     """bertscore: which of its hidden layers; None = the last."""
     word_limit: int = 60
     """verbosity: words an answer may have."""
-    run_code: bool = False
-    """pass_at_k: whether prompts that are graded by unit tests may run what the model wrote."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -2,18 +2,17 @@
 
     pass@k = 1 - C(n - c, k) / C(n, k)
 
-the unbiased estimate from n >= k samples. What is right: prompts graded by `tests` run the model's code, and only if
-that is allowed; all others go by their task's score of 1 and run nothing (`expression` compares syntax trees).
+the unbiased estimate from n >= k samples. What is right is what the prompt's task gives the full score of 1. Nothing is
+run here: a task that grades by unit tests runs them where that is allowed (ALIGNLAB_RUN_CODE=1); else it has no score.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 
-from alignlab.errors import UserError
 from alignlab.evaluation.measures import Answers, Found, Measure, Settings, Values
-from alignlab.types import Completion, Prompt
+from alignlab.rewards import code
+from alignlab.types import Prompt
 
 ATTEMPTS = (1, 5, 10, 100)
 """k that are reported, as far as there are so many samples; the number of samples itself too."""
@@ -32,46 +31,17 @@ def pass_at_k(samples: int, right: int, k: int) -> float:
     return 1.0 - math.prod(1.0 - k / i for i in range(samples - right + 1, samples + 1))
 
 
-def _is_right(prompt: Prompt, completion: Completion, grade: Mapping[str, float], settings: Settings) -> bool:
-    if prompt.meta.get("grading") == "tests":
-        return _passes(prompt, completion, settings)
-    return grade["score"] >= 1.0
-
-
-def _passes(prompt: Prompt, completion: Completion, settings: Settings) -> bool:
-    require_running(settings)
-    from alignlab.rewards import code
-
-    return bool(code.run_tests(prompt, completion))  # type: ignore[attr-defined]
-
-
-def require_running(settings: Settings) -> None:
-    """Code that a model wrote is run only where that was asked for.
-
-    Raises:
-        UserError: it was not.
-    """
-    if not settings.run_code:
-        raise UserError(
-            "measure pass_at_k: these prompts are graded by unit tests, which run code that the model wrote; allow it "
-            "with --run-code (a child process with limits: less risk, no sandbox)"
-        )
-
-
 def _find(answers: Answers, settings: Settings) -> Found:
     right: dict[str, list[bool]] = {}
-    applies = [_applies(p, None) and bool(g) for p, g in zip(answers.prompts, answers.grades, strict=True)]
-    for prompt, completion, grade, here in zip(
-        answers.prompts, answers.completions, answers.grades, applies, strict=True
-    ):
-        if here:
-            right.setdefault(prompt.id, []).append(_is_right(prompt, completion, grade, settings))
+    applies = ["score" in grade for grade in answers.grades]
+    for prompt, grade in zip(answers.prompts, answers.grades, strict=True):
+        if "score" in grade:
+            right.setdefault(prompt.id, []).append(grade["score"] >= 1.0)
     if not right:
         return Found()
     fewest = min(map(len, right.values()))
-    reported = sorted({k for k in (*ATTEMPTS, fewest) if k <= fewest})
     values: dict[str, Values] = {}
-    for k in reported:  # a prompt's estimate stands at each of its samples
+    for k in sorted({k for k in (*ATTEMPTS, fewest) if k <= fewest}):  # an estimate stands at each sample of its prompt
         of_prompt = {prompt_id: pass_at_k(len(said), sum(said), k) for prompt_id, said in right.items()}
         values[f"pass/at_{k}"] = [
             of_prompt[p.id] if here else None for p, here in zip(answers.prompts, applies, strict=True)
@@ -80,12 +50,13 @@ def _find(answers: Answers, settings: Settings) -> Found:
 
 
 def _applies(prompt: Prompt, reference: str | None) -> bool:
-    return bool(prompt.task)
+    allowed = getattr(code, "running_allowed", lambda: False)
+    return bool(prompt.task) and (prompt.meta.get("grading") != "tests" or bool(allowed()))
 
 
 MEASURE = Measure(
     says="chance that at least one of k samples is right",
     find=_find,
     applies=_applies,
-    needs="a task that grades it",
+    needs="a task that grades it (by unit tests: with ALIGNLAB_RUN_CODE=1 in the environment)",
 )
