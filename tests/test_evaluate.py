@@ -161,6 +161,8 @@ def test_measures_of_the_model_itself(place: Path) -> None:
     metrics = found["metrics"]
     assert metrics["policy/perplexity"] > 1 and metrics["policy/bits_per_byte"] > 0
     assert 0 <= metrics["preference/likelier_text"] <= 1 and "preference/likelier_token" in found["intervals"]
+    (compared,) = content(place, "model", "sft", "--data", "held-out", "-m", "preference")["comparisons"]
+    assert {"preference/likelier_text", "preference/likelier_token"} <= set(compared["differences"])
 
 
 def test_prompts_that_were_trained_on_are_said(place: Path) -> None:

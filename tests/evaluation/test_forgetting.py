@@ -93,8 +93,8 @@ def test_bits_per_byte_counts_bytes_and_perplexity_tokens(folder: Path, template
 
 def test_the_likelier_answer_by_text_and_by_token() -> None:
     """Chosen 3 tokens of 1 nat, rejected one of 2: as a text the rejected is likelier, token by token the chosen."""
-    found = preferred([[1.0, 1.0, 1.0], [1.0]], [[2.0], [1.0]], ["p", "q"])
-    assert found["preference/likelier_text"].value == 0.25 and found["preference/likelier_token"].value == 0.75
+    found = preferred([[1.0, 1.0, 1.0], [1.0]], [[2.0], [1.0]])
+    assert found == {"preference/likelier_text": [0.0, 0.5], "preference/likelier_token": [1.0, 0.5]}
 
 
 # ---- the harness -----------------------------------------------------------------------------------------------------

@@ -50,7 +50,7 @@ def compare(model: Found, baseline: Found, clusters: Sequence[str]) -> dict[str,
         both = [(v, o, c) for v, o, c in zip(values, others, clusters, strict=True) if v is not None and o is not None]
         if len({c for _, _, c in both}) > 1:
             ours, theirs, here = zip(*both, strict=True)
-            found[name] = _difference(paired_interval(ours, theirs, here), here)
+            found[name] = of_interval(paired_interval(ours, theirs, here), here)
     for name, whole in model.whole.items():
         other = baseline.whole.get(name)
         if other is None or whole.interval == "none":
@@ -58,7 +58,7 @@ def compare(model: Found, baseline: Found, clusters: Sequence[str]) -> dict[str,
         both_apply = np.flatnonzero(_applies(whole, clusters) & _applies(other, clusters))
         of_both = [clusters[i] for i in both_apply.tolist()]
         if interval := _of_whole(whole, other, both_apply, of_both):
-            found[name] = _difference(interval, of_both)
+            found[name] = of_interval(interval, of_both)
     return found
 
 
@@ -79,7 +79,7 @@ def over_tasks(model: Found, baseline: Found, clusters: Sequence[str]) -> Differ
     if not parts:
         return None
     here = [c for c in clusters if c in prompts]
-    return _difference(mean_interval(parts), here)
+    return of_interval(mean_interval(parts), here)
 
 
 def _applies(whole: Whole, clusters: Sequence[str]) -> np.ndarray:
@@ -98,7 +98,8 @@ def _of_whole(ours: Whole, theirs: Whole, places: np.ndarray, clusters: Sequence
         return None
 
 
-def _difference(interval: Interval, clusters: Sequence[str]) -> Difference:
+def of_interval(interval: Interval, clusters: Sequence[str]) -> Difference:
+    """An interval of differences of completions of these prompts."""
     return Difference(
         mean=interval.mean,
         low=interval.low,

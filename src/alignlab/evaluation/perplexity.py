@@ -13,7 +13,7 @@ from dataclasses import replace
 import torch
 
 from alignlab.data import collate, plan_microbatches
-from alignlab.evaluation.measures import Estimate, estimate
+from alignlab.evaluation.measures import Estimate
 from alignlab.forward import score
 from alignlab.models import Model, unwrap
 from alignlab.statistics.clustered import ratio_interval
@@ -80,22 +80,16 @@ def _ratio(nats: Sequence[Sequence[float]], units: Sequence[float], clusters: Se
     return Estimate(value=value, low=interval.low, high=interval.high, **counted)
 
 
-def preferred(
-    chosen: Sequence[Sequence[float]], rejected: Sequence[Sequence[float]], clusters: Sequence[str]
-) -> dict[str, Estimate]:
-    """Share of pairs whose chosen answer is the likelier one (ties one half), from the `token_nats` of both.
+def preferred(chosen: Sequence[Sequence[float]], rejected: Sequence[Sequence[float]]) -> dict[str, list[float]]:
+    """Of each pair, whether its chosen answer is the likelier one (a tie is one half), from the `token_nats` of both.
 
     `preference/likelier_text` compares the logprobs of whole texts, which favours short ones;
     `preference/likelier_token` those of the mean token, which does not.
     """
-    whole = [_beats(math.fsum(c), math.fsum(r)) for c, r in zip(chosen, rejected, strict=True)]
-    means = [
-        _beats(math.fsum(c) / max(1, len(c)), math.fsum(r) / max(1, len(r)))
-        for c, r in zip(chosen, rejected, strict=True)
-    ]
+    pairs = list(zip(chosen, rejected, strict=True))
     return {
-        "preference/likelier_text": estimate(whole, clusters),
-        "preference/likelier_token": estimate(means, clusters),
+        "preference/likelier_text": [_beats(math.fsum(c), math.fsum(r)) for c, r in pairs],
+        "preference/likelier_token": [_beats(math.fsum(c) / len(c), math.fsum(r) / len(r)) for c, r in pairs],
     }
 
 

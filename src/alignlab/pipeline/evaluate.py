@@ -11,20 +11,21 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from alignlab.conversation import Template
 from alignlab.data import fingerprint
 from alignlab.errors import UserError
 from alignlab.evaluation import EVALUATION_PHASE, EVALUATION_SEED, Evaluation, check_gradable, evaluate_policy
-from alignlab.evaluation.compare import Difference, compare, over_tasks
+from alignlab.evaluation.compare import Difference, compare, of_interval, over_tasks
 from alignlab.evaluation.measures import (
     OF_THE_MODEL,
     Estimate,
+    Found,
     Settings,
     check_measures,
     check_prompts,
+    estimates,
     get_measure,
 )
 from alignlab.evaluation.perplexity import preferred, surprise, token_nats
@@ -43,11 +44,11 @@ from alignlab.pipeline.subjects import (
     overlap,
 )
 from alignlab.pipeline.suites import check_suites, needs_questions, run_suites
-from alignlab.rollout import Limits, encode_pairs
+from alignlab.rollout import Limits
 from alignlab.statistics.clustered import ratio_interval
 from alignlab.tasks import get_task
 from alignlab.tracking import write_json
-from alignlab.types import Row
+from alignlab.types import Prompt
 
 USUAL = ("verbosity", "distinct")
 """Measured of every task, beside what it names itself."""
@@ -85,6 +86,24 @@ class Plan:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Given:
+    """How likely a model finds texts that it is given; what was not asked for is empty."""
+
+    demonstrations: tuple[tuple[float, ...], ...] = ()
+    """Nats of each, token by token."""
+    texts: Sequence[str] = ()
+    asked: Sequence[str] = ()
+    """The prompt of each."""
+    preferences: Found = field(default_factory=Found)
+    """Of each pair, whether the chosen answer is the likelier one."""
+    pair_prompts: Sequence[str] = ()
+
+    def estimates(self) -> dict[str, Estimate]:
+        surprised = surprise(self.demonstrations, self.texts, self.asked) if self.demonstrations else {}
+        return {**surprised, **estimates(self.preferences, self.pair_prompts)}
+
+
+@dataclass(frozen=True, kw_only=True)
 class Evaluated:
     """One model under one decoding, and what comparisons need."""
 
@@ -93,11 +112,7 @@ class Evaluated:
     evaluation: Evaluation
     record: dict[str, Any]
     clusters: tuple[str, ...]
-    nats: tuple[tuple[float, ...], ...] = ()
-    """Of each demonstration, token by token."""
-    texts: tuple[str, ...] = ()
-    asked: tuple[str, ...] = ()
-    """The prompt of each demonstration."""
+    given: Given = field(default_factory=Given)
 
 
 def measures_of(tasks: Sequence[str], plan: Plan) -> tuple[str, ...]:
@@ -153,7 +168,9 @@ def evaluate(
         text, of_model = split_measures(names)
         check_prompts(text, questions.prompts, [questions.references.get(p.id, p.answer) for p in questions.prompts])
         if "perplexity" in of_model and not questions.references:
-            raise UserError("measure perplexity: the data have no demonstrations (column `completion`); leave it out")
+            raise UserError("measure perplexity: no demonstration (column `completion`) is short enough; leave it out")
+        if "preference" in of_model and not questions.pairs:
+            raise UserError("measure preference: no pair is short enough for every model; leave it out")
         if questions.left_out:
             say(f"left out {questions.left_out} prompts that are too long for a model")
     evaluated: list[list[Evaluated]] = [[] for _ in plan.decodings]
@@ -251,7 +268,7 @@ def evaluate_subject(
         "source": questions.source, "split": questions.split, "prompts": len(questions.prompts),
         "left_out": questions.left_out, "fingerprint": fingerprint(questions.prompts), "overlap": shared,
     }  # fmt: skip
-    extra, nats, asked, texts = _of_model(model, subject.template, questions, of_model, limits)
+    given = given_texts(model, subject.template, questions, of_model)
     results = []
     for decoding in plan.decodings:
         sampling, samples = plan.sampling(decoding, limits.max_completion_tokens)
@@ -259,7 +276,7 @@ def evaluate_subject(
             model, questions.prompts, subject.template, sampling, samples=samples,
             reference=start if sampling.on_policy else None, measures=text, references=questions.references,
             settings=plan.settings,
-        ).with_estimates(extra)  # fmt: skip
+        ).with_estimates(given.estimates())  # fmt: skip
         how = {
             "name": decoding, "temperature": sampling.temperature, "top_k": sampling.top_k, "greedy": sampling.greedy,
             "samples": samples, "max_completion_tokens": sampling.max_completion_tokens, "best_of": 1,
@@ -272,32 +289,29 @@ def evaluate_subject(
                 evaluation=found,
                 record={**found.to_json(), **about, "decoding": how},
                 clusters=tuple(str(sample["prompt_id"]) for sample in found.samples),
-                nats=nats,
-                texts=texts,
-                asked=asked,
+                given=given,
             )
         )
     return results
 
 
-def _of_model(
-    model: Model, template: Template, questions: Questions, names: Sequence[str], limits: Limits
-) -> tuple[dict[str, Estimate], tuple[tuple[float, ...], ...], tuple[str, ...], tuple[str, ...]]:
-    """What the model's own probabilities say of given texts: estimates; nats, ids and texts of the demonstrations."""
-    found: dict[str, Estimate] = {}
-    nats: tuple[tuple[float, ...], ...] = ()
-    known = [(p, questions.references[p.id]) for p in questions.prompts if p.id in questions.references]
-    asked, texts = tuple(p.id for p, _ in known), tuple(text for _, text in known)
+def given_texts(model: Model, template: Template, questions: Questions, names: Sequence[str]) -> Given:
+    """What the model's own probabilities say of demonstrations and pairs."""
+
+    def nats(rows: Sequence[tuple[Prompt, str]]) -> tuple[tuple[float, ...], ...]:
+        encoded = [template.row(prompt, text) for prompt, text in rows]
+        return tuple(map(tuple, token_nats(model, encoded, pad_id=template.pad_id, max_rows=MAX_ROWS)))
+
+    given = Given()
     if "perplexity" in names:
-        rows = [template.row(prompt, text) for prompt, text in known]
-        nats = tuple(map(tuple, token_nats(model, rows, pad_id=template.pad_id, max_rows=MAX_ROWS)))
-        found |= surprise(nats, texts, asked)
+        known = [(p, questions.references[p.id]) for p in questions.prompts if p.id in questions.references]
+        given = replace(given, demonstrations=nats(known), asked=[p.id for p, _ in known], texts=[t for _, t in known])
     if "preference" in names:
-        pairs = encode_pairs(questions.pairs, template, replace(limits, max_completion_tokens=10**6))
-        both: list[list[Row]] = [[pair.chosen for pair in pairs], [pair.rejected for pair in pairs]]
-        chosen, rejected = (token_nats(model, r, pad_id=template.pad_id, max_rows=MAX_ROWS) for r in both)
-        found |= preferred(chosen, rejected, [str(row.prompt_ids) for row in both[0]])
-    return found, nats, asked, texts
+        chosen = nats([(pair.prompt, pair.chosen) for pair in questions.pairs])
+        rejected = nats([(pair.prompt, pair.rejected) for pair in questions.pairs])
+        preferences = Found(values=preferred(chosen, rejected))
+        given = replace(given, preferences=preferences, pair_prompts=[pair.prompt.id for pair in questions.pairs])
+    return given
 
 
 # ---- side by side ----------------------------------------------------------------------------------------------------
@@ -309,17 +323,13 @@ def differences(model: Evaluated, baseline: Evaluated) -> dict[str, Difference]:
     overall = over_tasks(model.evaluation.found, baseline.evaluation.found, model.clusters)
     if overall is not None:
         found = {"score": overall, **found}
-    if model.nats and baseline.nats and len(set(model.asked)) > 1:
-        drifts = [math.fsum(a) - math.fsum(b) for a, b in zip(model.nats, baseline.nats, strict=True)]
-        bits = [len(text.encode()) * math.log(2) for text in model.texts]
-        interval = ratio_interval(np.array(drifts), np.array(bits), model.asked)
-        found["policy/bits_per_byte"] = Difference(
-            mean=interval.mean,
-            low=interval.low,
-            high=interval.high,
-            completions=len(bits),
-            prompts=len(set(model.asked)),
-        )
+    ours, theirs = model.given, baseline.given
+    if ours.preferences.values:
+        found |= compare(ours.preferences, theirs.preferences, ours.pair_prompts)
+    if len(set(ours.asked)) > 1:
+        drifts = [math.fsum(a) - math.fsum(b) for a, b in zip(ours.demonstrations, theirs.demonstrations, strict=True)]
+        bits = [len(text.encode()) * math.log(2) for text in ours.texts]
+        found["policy/bits_per_byte"] = of_interval(ratio_interval(drifts, bits, ours.asked), ours.asked)
     return found
 
 

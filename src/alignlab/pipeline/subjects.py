@@ -230,7 +230,7 @@ def known_task(task: str) -> None:
 
 
 def fitting(subjects: Sequence[Subject], questions: Questions, limits: Limits) -> Questions:
-    """Without the prompts that are too long for any of the models, so that all of them see the same.
+    """Without what is too long for any of the models, so that all of them see the same prompts, texts and pairs.
 
     Raises:
         UserError: none is left.
@@ -244,7 +244,18 @@ def fitting(subjects: Sequence[Subject], questions: Questions, limits: Limits) -
             f"{questions.source}: none of {len(questions.prompts)} prompts is short enough for every model; lower "
             "--max-tokens, or raise the recipe's data.max_prompt_tokens"
         )
-    return replace(questions, prompts=kept, left_out=len(questions.prompts) - len(kept))
+
+    def readable(prompt: Prompt, *texts: str) -> bool:
+        return all(len(s.template.row(prompt, text)) <= s.context for s in subjects for text in texts)
+
+    known = [(p, questions.references[p.id]) for p in kept if p.id in questions.references]
+    return replace(
+        questions,
+        prompts=kept,
+        references={prompt.id: text for prompt, text in known if readable(prompt, text)},
+        pairs=[pair for pair in questions.pairs if readable(pair.prompt, pair.chosen, pair.rejected)],
+        left_out=len(questions.prompts) - len(kept),
+    )
 
 
 def overlap(subject: Subject, prompts: Sequence[Prompt], cache: Path) -> dict[str, Any]:

@@ -124,7 +124,11 @@ def _check(settings: Settings) -> None:
 def _find(answers: Answers, settings: Settings) -> Found:
     def measured(texts: list[str], references: list[str]) -> dict[str, list[float]]:
         scored = bertscore(texts, references, settings.encoder, settings.layer)
-        return {f"bertscore/{part}": [getattr(s, part) for s in scored] for part in BertScore._fields}
+        return {
+            "bertscore/precision": [s.precision for s in scored],
+            "bertscore/recall": [s.recall for s in scored],
+            "bertscore/f1": [s.f1 for s in scored],
+        }
 
     return Found(values=on_references(answers, measured))
 

@@ -13,7 +13,7 @@ import numpy as np
 from alignlab.evaluation.measures import Answers, Found, Measure, Settings, Whole
 from alignlab.statistics.clustered import IntArray
 
-ORDERS = (1, 2, 3)
+ORDERS = {"distinct/1": 1, "distinct/2": 2, "distinct/3": 3}
 
 
 def distinct(texts: Sequence[str], order: int) -> float:
@@ -48,7 +48,7 @@ def distinct_whole(texts: Sequence[str], order: int) -> Whole:
 
 
 def _find(answers: Answers, settings: Settings) -> Found:
-    return Found(whole={f"distinct/{order}": distinct_whole(answers.texts, order) for order in ORDERS})
+    return Found(whole={metric: distinct_whole(answers.texts, order) for metric, order in ORDERS.items()})
 
 
 MEASURE = Measure(says="different words, pairs and triples of words over all of them", find=_find)

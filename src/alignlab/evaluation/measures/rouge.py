@@ -11,6 +11,7 @@ from alignlab.evaluation.measures import Answers, Found, Measure, Settings
 from alignlab.evaluation.measures._references import on_references
 
 KINDS = {"1": "rouge1", "2": "rouge2", "L": "rougeL"}
+METRICS = {"rouge/1": "1", "rouge/2": "2", "rouge/L": "L"}
 PARTS = {"precision": "precision", "recall": "recall", "f1": "fmeasure"}
 
 
@@ -28,7 +29,11 @@ def rouge(texts: Sequence[str], references: Sequence[str], part: str = "f1") -> 
 
 
 def _find(answers: Answers, settings: Settings) -> Found:
-    return Found(values=on_references(answers, lambda t, r: {f"rouge/{k}": v for k, v in rouge(t, r).items()}))
+    def measured(texts: list[str], references: list[str]) -> dict[str, list[float]]:
+        found = rouge(texts, references)
+        return {metric: found[kind] for metric, kind in METRICS.items()}
+
+    return Found(values=on_references(answers, measured))
 
 
 MEASURE = Measure(
