@@ -640,7 +640,7 @@ def test_the_commands_of_the_readme_run(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("page", ["data", "rewards", "judge", "human"])
+@pytest.mark.parametrize("page", ["data", "rewards", "judge", "human", "evaluation"])
 def test_the_examples_of_a_page_run(page: str, tmp_path: Path) -> None:
     """Every block marked `<!-- run -->`, by the shell, one after the other in one folder."""
     text = (ROOT / "docs" / f"{page}.md").read_text("utf-8")

@@ -243,6 +243,7 @@ def test_every_logged_metric_is_in_the_glossary(recipe: str) -> None:
 
 
 AREAS = "loss|policy|preference|kto|reward|reward_model|value|completion|group|rejection|distill|inference|time|ledger"
+MEASURES = "rouge|bertscore|bleu|exact_match|verbosity|distinct|gsm8k|harmlessness|calibration|forgetting"
 ROLES = ("policy", "value_model", "reward_model")
 
 
@@ -251,7 +252,7 @@ def written() -> set[str]:
     readers = ("study", "diagnosis.py")  # they only read what others write
     paths = (path for path in SOURCES.rglob("*.py") if not set(readers) & set(path.parts))
     source = "\n".join(path.read_text("utf-8") for path in paths)
-    found = set(re.findall(rf'"((?:{AREAS})/[a-z_0-9]+)"', source))
+    found = set(re.findall(rf'"((?:{AREAS}|{MEASURES})/[a-zL_0-9]+)"', source))
     found |= {f"{role}/{what}" for role in ROLES for what in ("grad_norm", "learning_rate")}
     return found | {f"TASK/{name}" for task in registry.names("tasks") for name in get_task(task).metrics}
 
@@ -269,7 +270,8 @@ def test_what_the_diagnosis_reads_is_written_by_somebody() -> None:
 
 def test_the_glossary_has_nothing_that_is_never_written() -> None:
     named_otherwise = {"phase", "step", "phases_done", "ended", "diagnosis", "score", "score_standard_error",
-                       "reward/NAME", "reward_share/NAME", "reward_judged/NAME", "TASK/accuracy"}  # fmt: skip
+                       "reward/NAME", "reward_share/NAME", "reward_judged/NAME", "TASK/accuracy",
+                       "pass/at_K"}  # fmt: skip
     totals = ("trained_rows", "trained_tokens", "optimizer_steps", "phases", "seconds", "peak_memory_bytes",
               "evaluation_completions", "evaluation_generated_tokens")  # fmt: skip
     assert not glossary().keys() - written() - named_otherwise - {f"ledger/{name}" for name in totals}

@@ -257,17 +257,25 @@ class EvaluationSection(Section):
     times the tokens; where the reward is the grader itself, the score is pass@n."""
     perplexity: bool = False
     """Also measure the perplexity of held-out demonstrations; `best.metric: perplexity` implies it."""
+    measures: Names = ()
+    """What else is measured on the completions: bertscore, bleu, calibration, distinct, exact_match, gsm8k,
+    harmlessness, pass_at_k, rouge, verbosity."""
+    encoder: str = ""
+    """Encoder of the measure `bertscore`: a folder or a hub id."""
+    word_limit: int = Field(60, ge=1)
+    """Words an answer may have in the measure `verbosity`."""
     best: BestSection | None = None
     """Which policy becomes the result; null = the last one."""
 
     @property
     def measures_perplexity(self) -> bool:
-        return self.perplexity or (self.best is not None and self.best.metric == "perplexity")
+        asked = self.perplexity or "perplexity" in self.measures
+        return asked or (self.best is not None and self.best.metric == "perplexity")
 
     @model_validator(mode="after")
     def _best_needs_candidates(self) -> EvaluationSection:
-        if (self.best or self.perplexity) and not self.prompts_per_task:
-            raise ValueError("best and perplexity are measured in evaluations; set prompts_per_task above 0")
+        if (self.best or self.perplexity or self.measures) and not self.prompts_per_task:
+            raise ValueError("best, perplexity and measures are of evaluations; set prompts_per_task above 0")
         if self.best and not self.every:
             raise ValueError("best chooses among evaluations; set every to the phases between them")
         if self.best and (self.greedy or not self.kl_to_start):
@@ -371,6 +379,8 @@ class Stage(Section):
         role = self.method.models().get("reward_model")
         if role is not None and role.trained and (self.evaluation.best or self.evaluation.perplexity):
             raise ValueError("evaluation.best and evaluation.perplexity are of a policy, but it trains a reward model")
+        if role is not None and role.trained and self.evaluation.measures:
+            raise ValueError("evaluation.measures are of a policy, but it trains a reward model")
         return self
 
 

@@ -25,11 +25,12 @@ from alignlab.evaluation import (
     kl_metrics,
     task_mean,
 )
+from alignlab.evaluation.schema import check_record
 from alignlab.forward import rewards
 from alignlab.generate import Sampling
 from alignlab.models import ModelChoice, frozen_policy, load_tokenizer, make_reward_model
 from alignlab.rollout import Limits, Reward, Source, encode_pairs, sample_prompts
-from alignlab.statistics.inference import prompt_interval, wilson_interval
+from alignlab.statistics import clustered_interval, clustered_proportion, mean_interval, wilson_interval
 from alignlab.types import Completion, Message, Pair, Prompt, Row
 from tests.runs import small_model
 from tests.statistics.mutants import mutated
@@ -112,10 +113,14 @@ def test_scores_are_means_over_samples_and_the_score_is_the_mean_over_tasks(
     assert len(found.samples) == 20 and found.tasks == {p.id: p.task for p in PROMPTS}
     again = {i: [s["score"] for s in found.samples if s["prompt_id"] == i] for i in found.scores}
     assert {i: sum(values) / 4 for i, values in again.items()} == found.scores
-    interval = prompt_interval([0.5, 1.0, 0.25])
-    assert found.intervals["reasoning/score"] == (interval.low, interval.high)
-    assert "score" not in found.intervals  # 3 and 2 prompts: the mean over prompts is not the mean over tasks
-    assert found.to_json()["scores"] == found.scores
+    right = {"reasoning": [1, 0, 1, 0, 1, 1, 1, 1, 0, 0, 0, 1], "code": [1, 0, 0, 0, 0, 0, 0, 0]}
+    asked = {task: [i // 4 for i in range(len(values))] for task, values in right.items()}
+    share = clustered_proportion(right["reasoning"], asked["reasoning"])
+    assert found.intervals["reasoning/score"] == (share.low, share.high)
+    overall = mean_interval([clustered_interval(right[task], asked[task]) for task in right])
+    assert found.intervals["score"] == pytest.approx((overall.low, overall.high))
+    content = found.to_json()
+    assert content["scores"] == found.scores and check_record(content).metrics == found.metrics
 
 
 def approx() -> dict[str, float]:

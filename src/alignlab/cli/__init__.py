@@ -14,6 +14,7 @@ import typer
 
 import alignlab
 from alignlab.cli import doctor, judge, runs
+from alignlab.cli.evaluate import evaluate
 from alignlab.errors import UserError
 
 app = typer.Typer(
@@ -25,6 +26,7 @@ app = typer.Typer(
 )
 for command in (runs.train, runs.explain, runs.study, runs.demo, runs.profile, runs.merge):
     app.command()(command)
+app.command()(evaluate)
 app.add_typer(doctor.app, name="doctor")
 app.add_typer(judge.app, name="judge")
 app.add_typer(judge.human, name="human")

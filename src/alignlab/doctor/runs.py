@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -26,10 +25,11 @@ from alignlab.models import (
     pick_device,
 )
 from alignlab.pipeline import default_cache
+from alignlab.pipeline.finished import recipe_of, start_policy
 from alignlab.pipeline.identity import DONE, StageResult, read_done
 from alignlab.pipeline.items import limits_of, load_items
 from alignlab.pipeline.stage import model_choice
-from alignlab.recipe import Recipe, Stage, parse_recipe, read_mapping
+from alignlab.recipe import Stage, read_mapping
 from alignlab.rollout import Limits, fitting_prompts, sample_prompts
 from alignlab.types import Pair, Row
 
@@ -80,7 +80,7 @@ def examine_run(
     """
     hush_progress_bars()
     stage_result = finished_reward_model(run)
-    recipe, stage, start = _recipe_of(stage_result.folder)
+    recipe, stage, start = recipe_of(stage_result.folder)
     folder, on = stage_result.model, pick_device(device)
     choice = replace(model_choice(stage.model, str(folder)), adapter=None)
     model = load_reward_model(folder, choice, device=on)
@@ -96,7 +96,7 @@ def examine_run(
     )
     found = _pairs(stage, pairs)
     chosen = [found[i] for i in sorted(order(len(found), seed, 0)[:limit])]
-    policy = _start_policy(stage, start, stage_result.folder, cache or default_cache())
+    policy = start_policy(stage, start, stage_result.folder, cache or default_cache())
     reference: Sequence[Row] = ()
     if isinstance(policy, ModelChoice):
         say("sampling the policy it was trained from")
@@ -123,19 +123,6 @@ def finished_reward_model(run: Path) -> StageResult:
     raise UserError(f"{run}: not a finished run with a reward model; train one first (algorithm: reward_model)")
 
 
-def _recipe_of(folder: Path) -> tuple[Recipe, Stage, str | None]:
-    """What a finished stage was trained by and what it started from, which need not be there any more."""
-    path = folder / "recipe.yaml"
-    raw = read_mapping(path)
-    start = None
-    for stage in raw.get("stages") or [raw]:
-        start = stage.pop("start", None)
-        for other in ("reward_model", "teacher"):
-            stage.pop(other, None)
-    recipe = parse_recipe(raw, path)
-    return recipe, recipe.stages[-1], start
-
-
 def _pairs(stage: Stage, file: Path | None) -> list[Pair]:
     if file is None:
         return cast(list[Pair], load_items(stage, "pairs", "validation"))
@@ -148,31 +135,6 @@ def _pairs(stage: Stage, file: Path | None) -> list[Pair]:
         if not mapped:
             raise
         raise UserError(f"{said}; --pairs reads columns of these names only: rename those of the file") from error
-
-
-def _start_policy(stage: Stage, start: str | None, folder: Path, cache: Path) -> ModelChoice | str:
-    """How to load the policy that a stage started from, or why that cannot be."""
-    if start is None:
-        return replace(model_choice(stage.model, stage.model.name), adapter=None)
-    key = _read_key(folder / "provenance.json", "start")
-    named = [Path(start), *Path(start).iterdir()] if Path(start).is_dir() else []
-    cached = cache.glob(f"*-{key[:16]}") if cache.is_dir() else ()
-    for candidate in [*named, *folder.parent.iterdir(), *cached]:
-        if (
-            (candidate / "policy").is_dir()
-            and (candidate / DONE).is_file()
-            and _read_key(candidate / DONE, "key") == key
-        ):
-            choice = model_choice(stage.model, str(read_done(candidate).model))
-            return replace(choice, adapter=None, revision=None, weights="pretrained", overrides={})
-    return "the policy it was trained from is no longer where it was"
-
-
-def _read_key(path: Path, name: str) -> str:
-    try:
-        return str(json.loads(path.read_text("utf-8"))[name])
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path}: missing or damaged; train this stage again") from error
 
 
 def _reference_rows(policy: Any, pairs: Sequence[Pair], template: Template, limits: Limits) -> list[Row]:

@@ -110,6 +110,9 @@ def _sections(facts: Facts) -> Iterator[tuple[str, str]]:
     if evaluation.greedy:
         found = _set(evaluation, EvaluationSection(), ("temperature", "samples"))
         yield from ((f"evaluation.{key}", "greedy answers are always the same") for key in found)
+    for key, measure in (("encoder", "bertscore"), ("word_limit", "verbosity")):
+        if measure not in evaluation.measures and _set(evaluation, EvaluationSection(), (key,)):
+            yield f"evaluation.{key}", f"only the measure {measure} reads it"
     if not evaluation.prompts_per_task and evaluation.every:
         yield "evaluation.every", "prompts_per_task is 0: there is no evaluation"
     asked = (facts.samples and (stage.algorithm.needs_reward or stage.reward)) or evaluation.best_of > 1

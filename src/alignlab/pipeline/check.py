@@ -15,7 +15,7 @@ from alignlab.algorithms._online import ScoreShaping
 from alignlab.errors import UserError
 from alignlab.models import check_choice, location, require_same_adapter
 from alignlab.pipeline.identity import DONE, finished_folder, makes, read_record, require_kind
-from alignlab.pipeline.items import check_items
+from alignlab.pipeline.items import check_items, check_stage_measures
 from alignlab.pipeline.rewards import check_judged, check_rewards, require_fit, uses_rewards
 from alignlab.pipeline.stage import items_per_phase, model_choice, require_context, stage_choice
 from alignlab.recipe import ModelSection, Recipe, Stage, load_recipe
@@ -91,6 +91,7 @@ class _Checked:
             check_rewards(stage)
         self._teacher(stage, earlier)
         self._reward_model(stage, earlier)
+        check_stage_measures(stage)
         if stage.evaluation.best_of > 1 and makes(stage) == "reward_model":
             raise UserError(f"stage {stage.name}: evaluation.best_of samples a policy, but it trains a reward model")
         if isinstance(stage.algorithm, ScoreShaping):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -13,10 +13,11 @@ from alignlab.data import DataSource, Kind, Report, Side, load_examples
 from alignlab.data.files import read_file
 from alignlab.errors import UserError
 from alignlab.evaluation import check_gradable
+from alignlab.evaluation.measures import Settings, check_measures
 from alignlab.pipeline.identity import makes
 from alignlab.recipe import Stage
 from alignlab.rollout import Limits, encode_pairs, fitting_prompts
-from alignlab.types import Pair, Prompt
+from alignlab.types import Example, Pair, Prompt
 
 Split = Literal["train", "validation", "test"]
 READING = ("columns", "format", "system_prompt", "prompt_template", "split", "validation_path", "validation_split")
@@ -99,6 +100,45 @@ def held_out_items(stage: Stage) -> list[Any]:
         if best is not None and best.metric == "score" and not any(prompt.task for prompt in prompts):
             raise UserError("no task grades the data, so best.metric=score has nothing to go by; name data.task")
         return prompts
+
+
+def measure_settings(stage: Stage) -> Settings:
+    """What the recipe tells its measures."""
+    evaluation = stage.evaluation
+    return Settings(encoder=evaluation.encoder, word_limit=evaluation.word_limit)
+
+
+def text_measures(stage: Stage) -> tuple[str, ...]:
+    """The measures of completions; perplexity is one of the model itself."""
+    return tuple(name for name in stage.evaluation.measures if name != "perplexity")
+
+
+def check_stage_measures(stage: Stage) -> None:
+    """Says what the stage's measures lack before anything is loaded.
+
+    Raises:
+        UserError: no such measure, a package that is not installed, no encoder, or what only `alignlab evaluate` has.
+    """
+    try:
+        if "preference" in stage.evaluation.measures:
+            raise UserError("measure preference: `alignlab evaluate` has it, as it is of pairs")
+        check_measures(text_measures(stage), measure_settings(stage))
+    except UserError as error:
+        raise UserError(f"stage {stage.name}: evaluation.measures: {error}") from error
+
+
+def demonstrations_of(prompts: Sequence[Prompt], load: Callable[[], Sequence[Example]]) -> dict[str, str]:
+    """Prompt id -> the completion of its demonstration, for those prompts that have one in the same data."""
+    try:
+        examples = {example.prompt.id: example for example in load()}
+    except UserError:  # data of prompts alone
+        return {}
+    found = {}
+    for prompt in prompts:
+        example = examples.get(prompt.id)
+        if example is not None and example.prompt.messages == prompt.messages:
+            found[prompt.id] = example.completion
+    return found
 
 
 @contextmanager

@@ -11,7 +11,7 @@ import sys
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 from importlib import metadata
 from pathlib import Path
 from typing import Any, cast
@@ -25,11 +25,19 @@ from alignlab import kernels
 from alignlab.algorithms import Models
 from alignlab.checkpoint import find_checkpoint, load_checkpoint, save_checkpoint, seal
 from alignlab.conversation import Template
-from alignlab.data import Kind
+from alignlab.data import Kind, fingerprint
 from alignlab.diagnosis import score_noise, summarise
 from alignlab.errors import UserError
-from alignlab.evaluation import Evaluation, evaluate_policy, evaluate_reward_model
-from alignlab.evaluation.perplexity import perplexity
+from alignlab.evaluation import (
+    EVALUATION_PHASE,
+    EVALUATION_SEED,
+    SCHEMA,
+    Evaluation,
+    evaluate_policy,
+    evaluate_reward_model,
+)
+from alignlab.evaluation.measures import check_prompts
+from alignlab.evaluation.perplexity import perplexity_estimate, token_nats
 from alignlab.forward import rewards as score_rows
 from alignlab.generate import Sampling
 from alignlab.models import (
@@ -58,14 +66,17 @@ from alignlab.optim import AdamWChoice, MasterAdamW, Schedule, build_optimizers
 from alignlab.pipeline.best import METRICS, best_phase, considered, keep_best, prune_best, restore_best
 from alignlab.pipeline.identity import DONE, StageResult, Teacher, code_fingerprint, makes
 from alignlab.pipeline.items import (
+    demonstrations_of,
     first_of_each_task,
     held_out_items,
     limits_of,
     load_items,
     load_reported,
+    measure_settings,
     of_evaluation,
     of_perplexity,
     pair_fits,
+    text_measures,
 )
 from alignlab.pipeline.reference import UsesReference, fill_reference
 from alignlab.pipeline.rewards import build_rewards, require_fit
@@ -137,6 +148,7 @@ class StageRun:
         self._start: Any = None
         self._held_out: list[Any] = []
         self._demonstrations: list[Row] = []
+        self._references: dict[str, str] = {}
         self._reference_seconds = 0.0
         self.kind = makes(stage)
 
@@ -182,7 +194,7 @@ class StageRun:
         outcome = {"diagnosis": summarise(read_jsonl(self.folder / HISTORY)), **best}
         write_json(
             self.folder / "evaluation.json",
-            {**(evaluation.to_json() if evaluation else {}), "ledger": ledger, **outcome},
+            {**self._evaluation_record(evaluation), "ledger": ledger, **outcome},
         )
         write_json(
             self.folder / DONE,
@@ -410,7 +422,12 @@ class StageRun:
             pairs = first_of_each_task(items, count)
             return [pair for pair in pairs if pair_fits(pair, self.template, self.limits)]
         with of_evaluation():
-            return first_of_each_task(fitting_prompts(items, self.template, self.limits), count)
+            prompts = first_of_each_task(fitting_prompts(items, self.template, self.limits), count)
+            if measures := text_measures(self.stage):
+                load = partial(load_items, self.stage, "examples", "validation")
+                self._references = demonstrations_of(prompts, load)
+                check_prompts(measures, prompts, [self._references.get(p.id, p.answer) for p in prompts])
+            return prompts
 
     def _load_demonstrations(self) -> list[Row]:
         """Held-out completions whose perplexity every evaluation measures; none where it is not asked for.
@@ -440,13 +457,33 @@ class StageRun:
         found = evaluate_policy(
             models["policy"], self._held_out, self.template, sampling, samples=settings.samples, reference=reference,
             best_of=settings.best_of, rewards=self.rewards if settings.best_of > 1 else (),
+            measures=text_measures(self.stage), references=self._references, settings=measure_settings(self.stage),
         )  # fmt: skip
         if not self._demonstrations:
             return found
-        surprise = perplexity(
+        nats = token_nats(
             models["policy"], self._demonstrations, pad_id=self.template.pad_id, max_rows=self.limits.microbatch_rows
         )
-        return replace(found, metrics={**found.metrics, "policy/perplexity": surprise})
+        return found.with_estimates(perplexity_estimate(nats, [str(row.prompt_ids) for row in self._demonstrations]))
+
+    def _evaluation_record(self, evaluation: Evaluation | None) -> dict[str, Any]:
+        """What evaluation.json says of the result; that there was no evaluation, where there was none."""
+        if evaluation is None:
+            return {"schema": SCHEMA}
+        settings, data = self.stage.evaluation, self.stage.data
+        decoding = {
+            "name": "greedy" if settings.greedy else "sampled", "temperature": settings.temperature, "top_k": 0,
+            "greedy": settings.greedy, "samples": settings.samples, "best_of": settings.best_of,
+            "max_completion_tokens": self.limits.max_completion_tokens,
+            "seed": EVALUATION_SEED, "phase": EVALUATION_PHASE,
+        }  # fmt: skip
+        return {
+            **evaluation.to_json(),
+            "kind": self.kind,
+            **({"decoding": decoding, "measures": list(settings.measures)} if self.kind == "policy" else {}),
+            "data": {"source": data.path or data.hub or f"starter: {', '.join(data.task)}", "split": "validation",
+                     "prompts": len(self._held_out), "fingerprint": fingerprint(self._held_out)},
+        }  # fmt: skip
 
     def _start_policy(self, models: Models) -> Any:
         """The policy this stage started from, frozen: the method's reference, or loaded once for evaluation."""

@@ -139,8 +139,9 @@ def permutation_floor(num_seeds: int, paired: bool) -> float:
 def wilson_interval(successes: float, trials: int, confidence: float = 0.95) -> tuple[float, float]:
     """Score interval of a proportion (Wilson 1927), in [0, 1]; never of width 0, also at 0 or all successes.
 
-    For independent outcomes: several samples a prompt break it. A tie counted as half a success varies less than a win
-    or a loss of the same mean, so with ties the interval is, if anything, too wide.
+    For independent outcomes: several samples a prompt break it (`clustered_proportion` is for those). A tie counted as
+    half a success varies less than a win or a loss of the same mean, so with ties the interval is, if anything, too
+    wide.
 
     Raises:
         ValueError: no trials, or successes outside 0..trials.
@@ -149,13 +150,16 @@ def wilson_interval(successes: float, trials: int, confidence: float = 0.95) -> 
         raise ValueError(
             f"{successes:g} successes of {trials} trials is no proportion: give 0 <= successes <= trials, trials >= 1"
         )
-    z = float(stats.norm.isf(tail_probability(confidence)))
-    rate = successes / trials
+    return score_interval(successes / trials, trials, float(stats.norm.isf(tail_probability(confidence))))
+
+
+def score_interval(rate: float, trials: float, z: float) -> tuple[float, float]:
+    """Wilson's interval of a `rate` seen in `trials` (> 0, no whole number needed), z standard errors to each side."""
     centre = rate + z**2 / (2 * trials)
     half = z * math.sqrt(rate * (1.0 - rate) / trials + z**2 / (4 * trials**2))
     low, high = ((centre + side * half) / (1.0 + z**2 / trials) for side in (-1.0, 1.0))
     # The formula gives exactly 0 and 1 at the ends; rounding does not.
-    return (0.0 if successes == 0 else low), (1.0 if successes == trials else high)
+    return (0.0 if rate == 0 else low), (1.0 if rate == 1 else high)
 
 
 def _mean_squares(array: FloatArray) -> tuple[float, float, float]:
