@@ -159,6 +159,9 @@ def evaluate_policy(
             {
                 "prompt_id": p.id,
                 "task": p.task,
+                "messages": [{"role": m.role, "content": m.content} for m in p.messages],
+                "answer": p.answer,
+                "meta": dict(p.meta),
                 "text": c.text,
                 "score": g.get("score"),
                 "finish_reason": c.finish_reason,
