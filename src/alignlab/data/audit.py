@@ -14,7 +14,7 @@ import numpy as np
 
 from alignlab.conversation import Template
 from alignlab.data.batches import fit
-from alignlab.data.overlap import NGRAMS, near_duplicates, normalise, shared_ngrams
+from alignlab.data.overlap import NGRAMS, near_duplicates, normalise, shared_ngrams, words
 from alignlab.data.parts import Part, completions_of, prompt_of
 from alignlab.types import Pair, Prompt
 
@@ -116,7 +116,10 @@ def _key(prompt: Prompt, item: object) -> str:
 
 
 def _overlaps(parts: Sequence[Part]) -> list[dict[str, Any]]:
-    """Train against validation and test, over all kinds of rows at once, and validation against test."""
+    """Train against validation and test, over all kinds of rows at once, and validation against test.
+
+    `exact` and `near` are of distinct prompts, those that are equal not counted as near too.
+    """
     keys: dict[str, list[str]] = {}
     for part in parts:
         keys.setdefault(part.split, []).extend(_key(prompt_of(item), item) for item in part.items)
@@ -124,13 +127,14 @@ def _overlaps(parts: Sequence[Part]) -> list[dict[str, Any]]:
     for one, other in (("train", "validation"), ("train", "test"), ("validation", "test")):
         if one not in keys or other not in keys:
             continue
-        before, after = set(keys[one]), list(dict.fromkeys(keys[other]))
+        before, after = list(dict.fromkeys(keys[one])), list(dict.fromkeys(keys[other]))
+        split = {name: [words(key) for key in some] for name, some in ((one, before), (other, after))}
         told: dict[str, Any] = {"of": other, "in": one, "prompts": len(after)}
-        told["exact"] = sum(key in before for key in after)
-        both = [*dict.fromkeys(keys[one]), *after]
-        near = near_duplicates(both)
-        told["near"] = len({j for i, j in near if i < len(before) <= j} | {i for i, j in near if j < len(before) <= i})
+        told["exact"] = len(set(before) & set(after))
+        known = set(before)
+        near = near_duplicates([*before, *(key for key in after if key not in known)])
+        told["near"] = len({j for i, j in near if i < len(before) <= j})
         for n in NGRAMS:
-            told[f"{n}-gram"] = shared_ngrams(list(before), after, n).rows
+            told[f"{n}-gram"] = shared_ngrams(split[one], split[other], n).rows
         found.append(told)
     return found

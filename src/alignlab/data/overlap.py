@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import hashlib
 import re
 import unicodedata
+import zlib
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -19,6 +19,8 @@ COMMON_SHARE, COMMON_ROWS = 0.05, 20
 NEAR = 0.8
 """Jaccard similarity of their word triples from which two texts are near duplicates."""
 SHINGLE = 3
+FAMILY = 4
+"""Members of a bucket that each later one is compared with."""
 BANDS, ROWS = 8, 4
 """MinHash bands and rows: texts of similarity s are compared with probability 1 - (1 - s^4)^8, 98 % at 0.8."""
 _PRIME = np.uint64((1 << 61) - 1)
@@ -50,13 +52,16 @@ class Shared:
     """The first such held-out rows, counted from 0."""
 
 
-def shared_ngrams(train: Sequence[str], held_out: Sequence[str], n: int) -> Shared:
-    """Held-out texts that share an n-gram of words with any train text; memory grows with the held-out texts alone."""
-    ours = [set(_ngrams(words(text), n)) for text in held_out]
+def shared_ngrams(train: Sequence[Sequence[str]], held_out: Sequence[Sequence[str]], n: int) -> Shared:
+    """Held-out texts that share an n-gram with any train text, each text as its `words`.
+
+    Memory grows with the held-out texts alone.
+    """
+    ours = [set(_ngrams(said, n)) for said in held_out]
     wanted = set().union(*ours)
-    times: Counter[int] = Counter()
-    for text in train:
-        times.update(set(_ngrams(words(text), n)) & wanted)
+    times: Counter[tuple[str, ...]] = Counter()
+    for said in train:
+        times.update(wanted.intersection(_ngrams(said, n)))
     most = max(COMMON_ROWS, COMMON_SHARE * len(train))
     common = {gram for gram, count in times.items() if count > most}
     telling = times.keys() - common
@@ -67,9 +72,10 @@ def shared_ngrams(train: Sequence[str], held_out: Sequence[str], n: int) -> Shar
 def near_duplicates(texts: Sequence[str]) -> list[tuple[int, int]]:
     """Pairs i < j of texts whose word triples have a Jaccard similarity of at least NEAR; equal texts are among them.
 
-    Candidates are found by MinHash, so 2 in 100 pairs just at the limit are missed, and none is wrongly reported.
+    Candidates are found by MinHash, so 2 in 100 pairs just at the limit are missed, and none is wrongly reported. Of
+    many copies of one text not all pairs are named, but every copy is in one.
     """
-    shingles = [set(_ngrams(words(text), SHINGLE)) or {_hash(normalise(text))} for text in texts]
+    shingles = [_shingles(text) for text in texts]
     buckets: dict[tuple[int, bytes], list[int]] = {}
     for i, grams in enumerate(shingles):
         signature = _minhash(grams)
@@ -77,21 +83,22 @@ def near_duplicates(texts: Sequence[str]) -> list[tuple[int, int]]:
             buckets.setdefault((band, signature[band * ROWS : (band + 1) * ROWS].tobytes()), []).append(i)
     found: set[tuple[int, int]] = set()
     for members in buckets.values():
-        first = members[0]  # a family of n copies is n - 1 pairs, not n squared
-        for other in members[1:]:
-            pair = (first, other)
-            if pair not in found and _jaccard(shingles[first], shingles[other]) >= NEAR:
-                found.add(pair)
+        for place, other in enumerate(members[1:], 1):
+            for first in members[: min(place, FAMILY)]:  # of n copies not all n squared pairs
+                pair = (first, other)
+                if pair not in found and _jaccard(shingles[first], shingles[other]) >= NEAR:
+                    found.add(pair)
     return sorted(found)
 
 
-def _ngrams(tokens: Sequence[str], n: int) -> Iterator[int]:
-    return (_hash(" ".join(tokens[i : i + n])) for i in range(len(tokens) - n + 1))
+def _ngrams(tokens: Sequence[str], n: int) -> Iterator[tuple[str, ...]]:
+    return zip(*(tokens[i:] for i in range(n)), strict=False)
 
 
-def _hash(text: str) -> int:
-    """Below 2^32, the same in every process."""
-    return int.from_bytes(hashlib.blake2b(text.encode("utf-8", "replace"), digest_size=4).digest(), "big")
+def _shingles(text: str) -> set[int]:
+    """Checksums of a text's word triples, the same in every process; of a shorter text, of all of it."""
+    grams = {" ".join(gram) for gram in _ngrams(words(text), SHINGLE)} or {normalise(text)}
+    return {zlib.crc32(gram.encode("utf-8", "replace")) for gram in grams}
 
 
 def _minhash(grams: set[int]) -> np.ndarray[tuple[int], np.dtype[np.uint64]]:

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from alignlab.data.overlap import NGRAMS, shared_ngrams
+from alignlab.data.overlap import NGRAMS, shared_ngrams, words
 from alignlab.data.prepared import CARD, SPLITS, Entry, Split, data_files, jsonl, to_rows
 from alignlab.data.sets import SHARES, Found, Source
 from alignlab.errors import UserError
@@ -98,7 +98,7 @@ def divide(found: Sequence[Found], sources: Sequence[Source], sizes: Sizes, seed
     train. Where a source has rows of a test split only, they are divided like rows without a split, and that is said.
 
     Raises:
-        UserError: nothing is left to train on, or to validate on.
+        UserError: nothing is left to validate on, though not all of it is only for testing.
     """
     log = _Log()
     entries = _without_duplicates([entry for one in found for entry in one.entries], log)
@@ -114,7 +114,7 @@ def divide(found: Sequence[Found], sources: Sequence[Source], sizes: Sizes, seed
     for split in SPLITS:
         kind = stratum if split == "train" else _category
         ordered[split] = tuple(entry for unit in interleave(splits[split], seed, kind) for entry in unit)
-    if not ordered["validation"]:
+    if not ordered["validation"] and any(shares.get(entry.source, SHARES).get("validation") for entry in entries):
         raise UserError(f"{task}: no row is left for validation of {len(entries)} that are usable; name more data")
     return Divided(splits=ordered, dropped=dict(log.dropped), notes=tuple(log.notes))
 
@@ -124,15 +124,14 @@ def _category(entry: Entry) -> str:
 
 
 def _without_duplicates(entries: Sequence[Entry], log: _Log) -> list[Entry]:
-    """Each (prompt, answers, label) once; of equal ones an official test row is kept before others."""
-    rank = {"test": 0, "validation": 1, "train": 2, None: 3}
+    """Each (prompt, answers, label) of a split once."""
     kept: dict[tuple[object, ...], Entry] = {}
-    for entry in sorted(entries, key=lambda entry: rank[entry.split]):
-        kept.setdefault((entry.key, entry.completion, entry.rejected, entry.label, entry.prompt.answer), entry)
+    for entry in entries:
+        said = (entry.completion, entry.rejected, entry.label, entry.prompt.answer)
+        kept.setdefault((entry.split, entry.key, *said), entry)
     if len(kept) < len(entries):
         log.dropped["exact duplicates"] += len(entries) - len(kept)
-    left = set(map(id, kept.values()))
-    return [entry for entry in entries if id(entry) in left]
+    return list(kept.values())
 
 
 def _of_source(
@@ -140,7 +139,8 @@ def _of_source(
 ) -> dict[Split, list[Entry]]:
     """The splits of one source."""
     given: dict[Split, list[Entry]] = {s: [entry for entry in entries if entry.split == s] for s in SPLITS}
-    pool = [entry for entry in entries if entry.split is None]
+    pool = [entry for entry in entries if entry.split is None or not shares.get(entry.split)]
+    given = {split: members if shares.get(split) else [] for split, members in given.items()}
     if shares.get("train") and not given["train"] and not pool and (given["test"] or given["validation"]):
         there = " and ".join(split for split in SPLITS if given[split])
         pool = [entry for split in SPLITS for entry in given[split]]
@@ -162,7 +162,7 @@ def _of_source(
         rest = len(units) - taken
         most = rest if not left else min(_count(split, shares, sizes, len(units)), max(rest - left, 0))
         if split == "test" and sizes.test is not None and sizes.balanced:
-            units = _balanced_first(units, sizes.test, sizes.balanced)
+            units = _balanced_first(units, most, sizes.balanced)
         for unit in units[taken : taken + most]:
             given[split] += unit
         taken += most
@@ -170,12 +170,13 @@ def _of_source(
 
 
 def _count(split: Split, shares: Mapping[Split, float], sizes: Sizes, total: int) -> int:
-    """Units that a split would take of undivided ones."""
+    """Units that a split would take of undivided ones: the number that was asked for, else its share."""
     wanted = sizes.of(split)
-    if wanted is not None:
+    if wanted is not None and split in sizes.asked:
         return wanted
+    most = LARGEST_VALIDATION if split == "validation" and wanted is None else wanted
     count = max(1, round(shares[split] * total))
-    return min(count, LARGEST_VALIDATION) if split == "validation" else count
+    return count if most is None else min(count, most)
 
 
 def _balanced_first(units: list[list[Entry]], count: int, categories: Sequence[str]) -> list[list[Entry]]:
@@ -280,10 +281,10 @@ def _counts(entries: Sequence[Entry]) -> dict[str, Any]:
 
 def overlap(splits: Mapping[Split, Sequence[Entry]]) -> dict[str, Any]:
     """Held-out split -> prompts that train has too (exactly), and those that share n-grams of words with train."""
-    train = {entry.key: entry.text for entry in splits["train"]}
+    train = {entry.key: words(entry.text) for entry in splits["train"]}
     found: dict[str, Any] = {}
     for split in ("validation", "test"):
-        held_out = {entry.key: entry.text for entry in splits[split]}
+        held_out = {entry.key: words(entry.text) for entry in splits[split]}
         if not held_out or not train:
             continue
         told: dict[str, Any] = {"exact": len(held_out.keys() & train.keys()), "of": len(held_out)}

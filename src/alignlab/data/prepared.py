@@ -15,7 +15,6 @@ from alignlab.data.files import Record
 from alignlab.data.formats import Kind
 from alignlab.data.overlap import normalise
 from alignlab.errors import UserError
-from alignlab.registry import did_you_mean
 from alignlab.types import Message, Prompt
 
 Split = Literal["train", "validation", "test"]
@@ -149,13 +148,12 @@ def require_split(folder: Path, kind: Kind, split: Split) -> Path:
     if path.is_file():
         return path
     there = [file.name for file in data_files(folder)]
-    if not there:
+    if not there or (split == "train" and not (folder / CARD).is_file()):
         raise UserError(
-            f"{folder}: is a folder that nobody prepared; run `alignlab data prepare TASK --from {folder}` and name "
-            "what it writes, or name one file"
+            f"{folder}: is a folder that nobody prepared (it has no {path.name}); run `alignlab data prepare TASK "
+            f"--from {folder}` and name what it writes, or name one file"
         )
-    hint = did_you_mean(path.name, there)
-    raise UserError(f"{folder}: has no {path.name}; " + (f"{hint} " if hint else "") + f"it has {', '.join(there)}")
+    raise UserError(f"{folder}: has no {path.name}; it has {', '.join(there)}")
 
 
 def card_of(folder: Path) -> dict[str, Any]:

@@ -128,7 +128,7 @@ def choose(task: str, sources: Sequence[Source], names: Sequence[str]) -> tuple[
             hint = did_you_mean(name, [word for source in there for word in (source, source.split()[0])])
             raise UserError(f"{task}: has no set {name!r}; " + (hint or f"there are: {', '.join(there)}"))
         chosen += of_name
-    return tuple(dict.fromkeys(chosen)) if names else tuple(sources)
+    return tuple(source for source in sources if not names or source in chosen)
 
 
 def _places(

@@ -50,8 +50,11 @@ def load_items(stage: Stage, kind: Kind, split: Split) -> list[Any]:
 
 def load_reported(stage: Stage, kind: Kind, split: Split) -> tuple[list[Any], list[Report]]:
     """The same, with what became of the rows of each source."""
-    side: Side = "train" if split == "train" else "validation"
-    loaded = [load_examples(source, kind, side) for source in data_sources(stage, kind, split)]
+
+    def side(source: DataSource) -> Side:
+        return "train" if split == "train" or not source.validation_fraction else "validation"
+
+    loaded = [load_examples(source, kind, side(source)) for source in data_sources(stage, kind, split)]
     return [item for found in loaded for item in found.items], [found.report for found in loaded]
 
 
@@ -103,10 +106,13 @@ def _folder_source(stage: Stage, kind: Kind, split: Split) -> DataSource:
             f"stage {stage.name}: data.{given[0]} is for files, and data.path is a prepared folder; drop it"
         )
     folder = Path(str(data.path)).expanduser()
-    train, held_out = (require_split(folder, kind, s) for s in _both(split))
+    train, held_out = (split_file(folder, kind, s) for s in _both(split))
+    if split == "train" or not held_out.is_file():
+        require_split(folder, kind, split)
     return DataSource(
-        path=str(train),
-        validation_path=str(held_out),
+        path=str(train if train.is_file() else held_out),
+        validation_path=str(held_out) if train.is_file() else None,
+        validation_fraction=0.1 if train.is_file() else 0.0,  # what is only for testing has no train rows to show
         system_prompt=data.system_prompt,
         prompt_template=data.prompt_template,
         task=data.task[0] if data.task else "",

@@ -244,7 +244,7 @@ TASK = Task(
             licence="MIT; Zou et al. 2023",
             columns=(("goal",),),
             read=read_goal,
-            hub={"test": Hub(_ADVBENCH)},
+            hub={"train": Hub(_ADVBENCH)},
             shares={"validation": 0.2, "test": 0.8},
         ),
         Source(
