@@ -11,7 +11,7 @@ import pytest
 from alignlab import registry
 from alignlab.data.formats import Unusable
 from alignlab.data.prepared import Entry
-from alignlab.data.sets import Source, collect
+from alignlab.data.sets import Hub, Source, collect
 from alignlab.tasks import get_task
 from alignlab.tasks._lookalikes import LOOKALIKES
 from alignlab.tasks._text import category_of
@@ -305,3 +305,29 @@ def test_a_column_of_the_wrong_type_names_file_and_row(tmp_path: Path) -> None:
     path.write_text('{"system": "", "question": "a", "chosen": "b", "rejected": "c"}\n{"question": "x"}\n', "utf-8")
     with pytest.raises(ValueError, match=r"row 2: has no column 'chosen'"):
         collect("orca", get_task("orca").sources, [str(path)])
+
+
+PAGE = (Path(__file__).parents[2] / "docs" / "tasks.md").read_text("utf-8")
+
+
+@pytest.mark.parametrize("name", registry.names("tasks"))
+def test_the_page_says_what_the_task_says(name: str) -> None:
+    """Default reward, measures, sets with their licence, and where they are."""
+    task = get_task(name)
+    row = next(line for line in PAGE.splitlines() if line.startswith(f"| `{name}` |"))
+    cells = [cell.strip() for cell in row.strip("|").split("|")]
+    reward = ", ".join(f"`{reward}` {weight:g}" for reward, weight in task.default_reward.items())
+    assert cells[3] == (reward or "none") and cells[4] == ", ".join(f"`{measure}`" for measure in task.measures)
+    places = next((line for line in PAGE.split("## Where they are")[1].splitlines() if f"`{name}`" in line), "")
+    for source in task.sources:
+        if source.columns and source.hub:
+            licence = source.licence.split(";")[0].split(" (")[0].split(",")[0]
+            assert source.name in cells[2] and licence in cells[2], (source.name, licence)
+        for found in source.hub.values():
+            for place in (found,) if isinstance(found, Hub) else found:
+                assert place.where.startswith("https://") or f"`{place.where}`" in places
+    assert all(f"`{detail}`" in PAGE for detail in task.metrics)
+
+
+def test_the_page_names_the_pattern_of_verdicts() -> None:
+    assert PATTERN.pattern in PAGE

@@ -299,7 +299,10 @@ def _read_entries(source: Source, where: str, rows: Sequence[Record]) -> tuple[l
 def read_any(
     rows: Sequence[Record], where: str, source: DataSource | None = None
 ) -> tuple[list[Entry], dict[str, int]]:
-    """The rows of a file of any format that a recipe could name, found by its columns."""
+    """The rows of a file of any format that a recipe could name, found by its columns.
+
+    A demonstration or preferred answer is the reference too, where a row has none of its own.
+    """
     source = source or DataSource(path=where)
     kind = kind_of_rows(rows)
     items, tally = parse_rows(source, kind, Location(where, False, None, None), dict(enumerate(rows)))
@@ -308,6 +311,8 @@ def read_any(
         scores = (rows[i].get(name) for name in ("score_chosen", "score_rejected"))
         chosen, rejected = (float(score) if isinstance(score, int | float) else None for score in scores)
         entry = as_entry(item)
+        if entry.prompt.answer is None and entry.prompt.messages and entry.label is not False:
+            entry = replace(entry, prompt=replace(entry.prompt, answer=entry.completion))
         entries.append(replace(entry, score_chosen=chosen, score_rejected=rejected))
     return entries, {reason: len(dropped) for reason, dropped in tally.dropped.items()}
 
