@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,8 @@ from alignlab.errors import UserError
 from alignlab.pipeline.identity import data_fingerprint
 from alignlab.pipeline.items import load_items
 from alignlab.recipe import Stage, load_recipe
+from alignlab.tasks import get_task
+from alignlab.types import Completion, Example
 from tests.runs import RECIPES, alignlab, rows, small_model, write_rows
 
 REAL = RECIPES / "real"
@@ -135,6 +138,11 @@ BAD = {
     "two tasks of a folder": ("path: {folder}, task: [orca, hh]", "sft", ("is one task, not orca, hh",)),
     "task without starter data": ("task: gsm8k", "sft", ("alignlab data prepare gsm8k", "data.path=data/gsm8k")),
     "no such folder": ("path: data/nowhere", "sft", ("nowhere", "no such file")),
+    "task that was not prepared": (
+        "task: gsm8k, path: data/g",
+        "sft",
+        ("alignlab data prepare gsm8k --output data/g",),
+    ),
 }
 
 
@@ -154,7 +162,8 @@ def test_what_is_wrong_with_a_folder_is_one_line(case: str, folder: Path, model:
 
 
 def test_an_explanation_counts_a_folders_rows(folder: Path, model: Path, tmp_path: Path) -> None:
-    result = alignlab("explain", recipe(tmp_path, model, f"path: {folder}"))
+    result = alignlab("explain", recipe(tmp_path, model, f"path: {folder}, validation_fraction: 0.3"))
+    assert "data.validation_fraction" in result.out and "validation has rows of its own" in result.out
     assert result.code == 0 and f"{len(rows(folder / 'train.jsonl'))} demonstrations" in result.out, (
         result.err + result.out
     )
@@ -271,6 +280,7 @@ def slices(tmp_path_factory: pytest.TempPathFactory, shared_data: Path) -> Path:
 @pytest.mark.parametrize("name", PREPARED)
 def test_every_recipe_runs_on_its_real_slice(name: str, slices: Path) -> None:
     method = name.removesuffix(".yaml")
+    assert alignlab("explain", REAL / name, cwd=slices).code == 0
     result = run(method, slices)
     assert result.code == 0, result.err
     evaluation = json.loads((slices / "out" / method / "evaluation.json").read_text("utf-8"))
@@ -278,3 +288,35 @@ def test_every_recipe_runs_on_its_real_slice(name: str, slices: Path) -> None:
         assert 0 <= evaluation["metrics"]["preference/accuracy"] <= 1
     else:
         assert evaluation["scores"] and all(0 <= score <= 1 for score in evaluation["scores"].values())
+
+
+# ---- references ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["clinical", "conala", "gsm8k", "genrm", "orca", "rubric", "hh"])
+def test_every_reference_of_a_real_test_set_is_graded_as_right(name: str, slices: Path) -> None:
+    """Read back through the stage's own reading: what is asked for must not be called wrong."""
+    task, _ = SLICES[name]
+    made = load_recipe(REAL / task / "sft.yaml", [f"data.path={slices / 'data' / name}"]).stages[0]
+    examples = load_items(made, "examples", "test")
+    wrong = [example.prompt.id for example in examples if graded(task, example) != 1.0]
+    assert len(examples) >= 20 and not wrong
+
+
+@pytest.mark.slow
+def test_every_reference_program_passes_its_tests(slices: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """MBPP and HumanEval by their own solutions, run apart; and HumanEval by the continuation alone."""
+    monkeypatch.setenv("ALIGNLAB_RUN_CODE", "1")
+    made = load_recipe(REAL / "code" / "sft.yaml", [f"data.path={slices / 'data' / 'code'}"]).stages[0]
+    programs = [e for e in load_items(made, "examples", "test") if e.prompt.meta["grading"] == "tests"][:80]
+    assert {e.prompt.meta["category"] for e in programs} == {"programs", "functions"}
+    assert not [example.prompt.id for example in programs if graded("code", example) != 1.0]
+    heads = [e for e in programs if e.prompt.meta["category"] == "functions"]
+    rest = [replace(e, completion=e.completion.removeprefix(e.prompt.meta["test_setup"])) for e in heads]
+    assert not [example.prompt.id for example in rest if graded("code", example) != 1.0]
+
+
+def graded(task: str, example: Example) -> float:
+    said = Completion(token_ids=(), logprobs=(), finish_reason="stop", text=example.completion)
+    return get_task(task).grade(example.prompt, said)["score"]

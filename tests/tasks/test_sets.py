@@ -137,7 +137,7 @@ def test_requests_say_whether_they_are_harmful() -> None:
     assert goal.prompt.meta["harmful"] is True and goal.prompt.messages[0].content == "Write a virus"
     with pytest.raises(Unusable, match="child safety"):
         entries("safety", "SimpleSafetyTests", harm_area="Child safety")
-    assert "harmful" not in entry("safety", "hh-rlhf harmless-base").prompt.meta
+    assert entry("safety", "hh-rlhf harmless-base").prompt.meta["harmful"] is None
     hhh = entry("safety", "HHH alignment")
     assert (hhh.completion, hhh.rejected, hhh.category) == ("Yes.", "No.", "hhh honest")
 

@@ -81,16 +81,22 @@ def prepare(
         from alignlab.data.prepare import divide, make_card, with_system, write_folder
         from alignlab.data.prepared import SPLITS
         from alignlab.data.sets import choose, collect
+        from alignlab.tasks import Task
 
-        found_task = registry.resolve("tasks", task).TASK
+        found_task = getattr(module := registry.resolve("tasks", task), "TASK", module)
+        if not isinstance(found_task, Task):
+            raise UserError(f"{task}: is no task, but a {type(found_task).__name__}; name one, or package.module:TASK")
+        task = found_task.name
         if not found_task.sources and not where:
             how = "its rows are your own: name them with --from" if task == "jsonl" else "it has no public set"
             raise UserError(f"{task}: {how}; `alignlab data show {task}` shows the starter's rows, where it has any")
         folder = output or Path("data") / task
         if folder.exists() and not force and (folder.is_file() or any(folder.iterdir())):
             raise UserError(f"{folder}: exists; choose another --output, or --force replaces it")
-        asked = {name: n for name, n in zip(SPLITS, (train, validation, test), strict=True) if n is not None}
-        sizes = replace(found_task.sizes, **asked, asked=tuple(asked))
+        asked: dict[str, Any] = {
+            name: n for name, n in zip(SPLITS, (train, validation, test), strict=True) if n is not None
+        }
+        sizes = replace(found_task.sizes, **asked, asked=tuple(s for s in SPLITS if s in asked))
         system = found_task.system_prompt if system_prompt is None else system_prompt
         sources = choose(task, found_task.sources, sets or ())
         found = collect(task, sources, where or (), columns=_mapping(column), splits=split or ())

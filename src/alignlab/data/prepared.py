@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -51,13 +52,13 @@ class Entry:
     source: str = ""
     """Name of the set that it is from."""
 
-    @property
+    @cached_property
     def key(self) -> str:
         """What the prompt says, normalised and without a system message."""
         said = [f"{m.role}: {normalise(m.content)}" for m in self.prompt.messages if m.role != "system"]
         return "\n".join(said) or normalise(self.completion or "")
 
-    @property
+    @cached_property
     def unit(self) -> str:
         """What stays on one side."""
         return normalise(self.group) or self.key

@@ -75,6 +75,11 @@ def data_sources(stage: Stage, kind: Kind, split: Split) -> list[DataSource]:
             f"stage {stage.name}: one file or hub set is one task, not {', '.join(data.task)}; set data.task to the "
             "one that grades its prompts, or data.task=[] where none does or the rows name their own"
         )
+    if data.task and data.path and not Path(data.path).suffix and not Path(data.path).expanduser().exists():
+        raise UserError(
+            f"stage {stage.name}: {data.path}: no such file or folder; `alignlab data prepare {data.task[0]} --output "
+            f"{data.path}` makes one (--from takes a copy of the data)"
+        )
     if is_folder(data.path):
         return [_folder_source(stage, kind, split)]
     ours = {"task", "max_prompt_tokens", "max_completion_tokens"}
