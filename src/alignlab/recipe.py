@@ -125,7 +125,7 @@ class DataSection(Section):
     task: Names = ()
     """Tasks that grade the prompts; the starter's are reasoning, safety, clinical, code."""
     path: str | None = None
-    """JSON, JSONL, CSV or parquet file (or URL)."""
+    """JSON, JSONL, CSV or parquet file (or URL), or a folder that `alignlab data prepare` wrote."""
     validation_path: str | None = None
     """A file of its own for validation; otherwise a seeded hash splits off `validation_fraction`."""
     hub: str | None = None
@@ -515,11 +515,11 @@ def _stage_name(stage: Mapping[str, Any]) -> str:
 
 
 def _data_beside(data: Mapping[str, Any], recipe: Path) -> dict[str, Any]:
-    """Data files of a recipe are looked for beside it, then from where we stand."""
+    """Data files and folders of a recipe are looked for beside it, then from where we stand."""
     found = dict(data)
     for key in ("path", "validation_path"):
         given = found.get(key)
-        if isinstance(given, str) and (recipe.parent / given).is_file():
+        if isinstance(given, str) and given and (recipe.parent / given).exists():
             found[key] = str((recipe.parent / given).resolve())
     return found
 

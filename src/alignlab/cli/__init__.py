@@ -13,7 +13,7 @@ from types import FrameType
 import typer
 
 import alignlab
-from alignlab.cli import doctor, judge, runs
+from alignlab.cli import data, doctor, judge, runs
 from alignlab.cli.evaluate import evaluate
 from alignlab.errors import UserError
 
@@ -27,6 +27,7 @@ app = typer.Typer(
 for command in (runs.train, runs.explain, runs.study, runs.demo, runs.profile, runs.merge):
     app.command()(command)
 app.command()(evaluate)
+app.add_typer(data.app, name="data")
 app.add_typer(doctor.app, name="doctor")
 app.add_typer(judge.app, name="judge")
 app.add_typer(judge.human, name="human")

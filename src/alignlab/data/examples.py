@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass, field, is_dataclass, replace
 from pathlib import Path
 from typing import Any, Generic, Literal, TypeVar, overload
 
+from alignlab.data.files import Record
 from alignlab.data.formats import Kind, Reader, Unusable
 from alignlab.data.source import DataSource, Location, train_location, validation_location
 from alignlab.errors import UserError
@@ -132,13 +133,22 @@ def _verdicts(item: Labelled | Pair) -> tuple[Labelled, ...]:
     )
 
 
-def _parse(source: DataSource, kind: Kind, location: Location) -> tuple[dict[int, Any], _Tally]:
-    """All usable rows of a location by position, and what became of the others."""
-    rows = location.read()
+def _parse(source: DataSource, kind: Kind, location: Location) -> tuple[dict[int, Any], Tally]:
+    return parse_rows(source, kind, location, location.read())
+
+
+def parse_rows(
+    source: DataSource, kind: Kind, location: Location, rows: Mapping[int, Record]
+) -> tuple[dict[int, Any], Tally]:
+    """All usable rows of a location by position, and what became of the others.
+
+    Raises:
+        UserError: there are no rows, or their columns do not give what `kind` needs.
+    """
     if not rows:
         raise UserError(f"{location.where}: the split {location.split!r} holds no rows")
     reader = Reader.of(source, kind, rows.values(), location.where)
-    tally = _Tally(name=location.where, format=reader.format, num_rows=len(rows))
+    tally = Tally(name=location.where, format=reader.format, num_rows=len(rows))
     items: dict[int, Any] = {}
     times: Counter[str] = Counter()
     for i, row in rows.items():
@@ -156,7 +166,9 @@ def _parse(source: DataSource, kind: Kind, location: Location) -> tuple[dict[int
 
 
 @dataclass(kw_only=True)
-class _Tally:
+class Tally:
+    """Rows that cannot be used, by reason."""
+
     name: str
     format: str
     num_rows: int

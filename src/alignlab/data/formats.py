@@ -175,7 +175,7 @@ class Reader:
         elif value is not None and not isinstance(value, str):
             _wrong_type(where, column, value, "text")
         elif self.format == "transcript" and value and _ASSISTANT in value:
-            turns = _transcript(value)
+            turns = transcript(value)
         elif self.format == "transcript" and value and self.prompt is None:
             raise UserError(f"{where}: column {column!r} has no Human: and Assistant: turns, and there is no prompt")
         else:
@@ -194,7 +194,7 @@ class Reader:
         elif self.prompt in _CONVERSATIONS or not isinstance(value, str):
             _wrong_type(where, self.columns[self.prompt], value, "a list of messages")
         else:
-            turns = _transcript(value) if self.format == "transcript" else [Message("user", value)]
+            turns = transcript(value) if self.format == "transcript" else [Message("user", value)]
         if turns and turns[-1].role == "assistant":
             return tuple(turns[:-1]), turns[-1].content
         return tuple(turns), ""
@@ -333,7 +333,7 @@ def _message(turn: Any, where: str) -> Message:
     return Message(ROLES[role], content or "")
 
 
-def _transcript(text: str) -> list[Message]:
+def transcript(text: str) -> list[Message]:
     """A dialogue of Human: and Assistant: turns as messages. Text before the first turn is the human's.
 
     Turns of one speaker in a row, which hh-rlhf has, are joined.

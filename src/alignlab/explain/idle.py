@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from alignlab.algorithms._online import KLControl, ScoreShaping
+from alignlab.data.prepared import is_folder
 from alignlab.explain.batch import Batch
 from alignlab.explain.differences import changed
 from alignlab.explain.facts import Facts
@@ -96,11 +97,12 @@ def _single_step(batch: Batch | None) -> bool:
 def _sections(facts: Facts) -> Iterator[tuple[str, str]]:
     stage = facts.stage
     data, schedule, evaluation = stage.data, stage.train.schedule, stage.evaluation
+    no_file = data.path is None and data.hub is None
     if data.path is not None and "[" not in (data.split or "["):
         yield "data.split", "of a file only a slice of it counts, such as train[:200]"
     if data.path is not None and "[" not in (data.validation_split or "["):
         yield "data.validation_split", "of a file only a slice of it counts, such as train[200:]"
-    elif data.validation_path or data.validation_split or (data.path is None and data.hub is None):
+    elif data.validation_path or data.validation_split or no_file or is_folder(data.path):
         found = _set(data, DataSection(), ("validation_fraction",))
         yield from ((f"data.{key}", "validation has rows of its own") for key in found)
     if data.hub is None or data.path is not None:

@@ -12,6 +12,7 @@ from typing import Any
 
 from alignlab import registry
 from alignlab.algorithms._online import ScoreShaping
+from alignlab.data.prepared import card_of, is_folder
 from alignlab.errors import UserError
 from alignlab.models import check_choice, location, require_same_adapter
 from alignlab.pipeline.identity import DONE, finished_folder, makes, read_record, require_kind
@@ -19,6 +20,7 @@ from alignlab.pipeline.items import check_items, check_stage_measures
 from alignlab.pipeline.rewards import check_judged, check_rewards, require_fit, uses_rewards
 from alignlab.pipeline.stage import items_per_phase, model_choice, require_context, stage_choice
 from alignlab.recipe import ModelSection, Recipe, Stage, load_recipe
+from alignlab.tasks import get_task
 from alignlab.tracking import check_mirrors
 
 
@@ -56,6 +58,8 @@ class _Policy:
     """Values of the configuration that are others."""
     adapted_by: Stage | None = None
     """The stage that will put an adapter on it."""
+    judges: str = ""
+    """The task that taught it to judge answers instead of giving any, if one did."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,7 +85,8 @@ class _Checked:
             if makes(stage) == "policy":
                 begun = start or _Policy(model=stage.model.name, overrides=stage.model.overrides)
                 adapted_by = stage if stage.model.adapter else None
-                policies[stage.name] = replace(begun, made=False, adapted_by=adapted_by)
+                judges = judging_task(stage) or begun.judges
+                policies[stage.name] = replace(begun, made=False, adapted_by=adapted_by, judges=judges)
         return stage, policies.get(stage.name)
 
     def _stage(self, stage: Stage, start: _Policy | None, earlier: Mapping[str, Stage]) -> None:
@@ -115,11 +120,17 @@ class _Checked:
             require_kind(start, makes(earlier[start]), "policy")
             found, named = policies[start], earlier[start].model.name
         elif Path(start).is_dir():
-            found = _Policy(model=str(finished_folder(Path(start), "policy") / "policy"), made=True)
+            folder = finished_folder(Path(start), "policy")
+            found = _Policy(model=str(folder / "policy"), made=True, judges=_judging_run(folder))
         else:
             last, policy = self._last_of(start, "policy")
             assert policy is not None
             found, named = policy, last.model.name
+        if found.judges and stage.method.data_kind == "prompts" and not judging_task(stage):
+            raise UserError(
+                f"stage {stage.name}: {start} was trained on {found.judges}, so it writes verdicts and no answers; RL "
+                "starts from a policy trained on answers (sft on ultrafeedback), and judges stay judges"
+            )
         if stage.start and stage.model.name not in (ModelSection().name, named):  # the default is as good as not said
             raise UserError(
                 f"stage {stage.name}: model.name has no effect, as start: {stage.start} decides the weights; drop one"
@@ -173,6 +184,30 @@ class _Checked:
             raise UserError(f"{path}: cannot be trained, as it needs itself (start, reward_model or teacher)")
         require_kind(reference, makes(found[0]), kind)
         return found
+
+
+def judging_task(stage: Stage) -> str:
+    """The task of a stage's data whose completions judge answers (`Task.starts_rl` is False); empty: there is none."""
+    folder = stage.data.path if is_folder(stage.data.path) else None
+    own = (str(card_of(Path(folder).expanduser()).get("task", "")),) if folder else ()
+    for name in (*stage.data.task, *own):
+        if name in registry.names("tasks") and not get_task(name).starts_rl:
+            return str(name)
+    return ""
+
+
+def _judging_run(folder: Path) -> str:
+    """The same of a finished run, and of the runs that it started from; what they were is in their recipes."""
+    for recipe in (folder / "recipe.yaml", folder.parent / "recipe.yaml"):
+        if recipe.is_file():
+            for stage in reversed(load_recipe(recipe).stages):
+                before = Path(stage.start) if stage.start else folder
+                found = judging_task(stage)
+                if not found and before.is_dir() and before != folder:
+                    found = _judging_run(finished_folder(before, "policy"))
+                if found:
+                    return found
+    return ""
 
 
 def _check_model(stage: Stage, start: _Policy | None) -> None:

@@ -13,6 +13,7 @@ from typing import Any
 import alignlab
 from alignlab import starter
 from alignlab.checkpoint import file_hash, verify
+from alignlab.data.prepared import data_files, is_folder
 from alignlab.errors import UserError
 from alignlab.models import location
 from alignlab.recipe import ModelSection, Stage, read_mapping
@@ -159,6 +160,8 @@ def data_fingerprint(stage: Stage) -> str:
     if data.path and Path(data.path).expanduser().is_file():
         named = (Path(path).expanduser() for path in (data.path, data.validation_path) if path)
         return _hash_files([path for path in named if path.is_file()])  # what is missing is said when it is read
+    if is_folder(data.path):
+        return _hash_files(data_files(Path(str(data.path)).expanduser()))
     if data.path or data.hub:
         return f"{data.path or data.hub}/{data.hub_config}/{data.split}"
     return _hash_files(sorted(p for task in data.task for p in (starter.DATA / task).glob("*.jsonl")))

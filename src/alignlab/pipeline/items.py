@@ -1,16 +1,20 @@
-"""The data of a stage: recipe section -> examples, pairs, labelled completions or prompts of a split."""
+"""The data of a stage: recipe section -> examples, pairs, labelled completions or prompts of a split.
+
+A prepared folder and the starter's data have a file for each split; a file or hub set is divided when it is read.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 from alignlab import starter
 from alignlab.conversation import Template
 from alignlab.data import DataSource, Kind, Report, Side, load_examples
 from alignlab.data.files import read_file
+from alignlab.data.prepared import Split, is_folder, require_split, split_file
 from alignlab.errors import UserError
 from alignlab.evaluation import check_gradable
 from alignlab.evaluation.measures import Settings, check_measures
@@ -19,9 +23,10 @@ from alignlab.recipe import Stage
 from alignlab.rollout import Limits, encode_pairs, fitting_prompts
 from alignlab.types import Example, Pair, Prompt
 
-Split = Literal["train", "validation", "test"]
 READING = ("columns", "format", "system_prompt", "prompt_template", "split", "validation_path", "validation_split")
 """How rows are read; the starter's are as they should be."""
+OF_FILES = ("columns", "format", "split", "validation_path", "validation_split")
+"""Keys that say how a file is read and divided; a prepared folder's is already."""
 READABLE = 10_000_000
 """Bytes of a data file up to which it is read to check it and to count its rows: a second or two."""
 
@@ -40,14 +45,17 @@ def limits_of(stage: Stage) -> Limits:
 
 
 def load_items(stage: Stage, kind: Kind, split: Split) -> list[Any]:
-    """Items of a kind from a stage's split; files and hub sets have no test split of their own."""
+    """Items of a kind from a stage's split; files and hub sets have no test split, and validation stands for it."""
     return load_reported(stage, kind, split)[0]
 
 
 def load_reported(stage: Stage, kind: Kind, split: Split) -> tuple[list[Any], list[Report]]:
     """The same, with what became of the rows of each source."""
-    side: Side = "train" if split == "train" else "validation"
-    loaded = [load_examples(source, kind, side) for source in data_sources(stage, kind, split)]
+
+    def side(source: DataSource) -> Side:
+        return "train" if split == "train" or not source.validation_fraction else "validation"
+
+    loaded = [load_examples(source, kind, side(source)) for source in data_sources(stage, kind, split)]
     return [item for found in loaded for item in found.items], [found.report for found in loaded]
 
 
@@ -68,21 +76,60 @@ def data_sources(stage: Stage, kind: Kind, split: Split) -> list[DataSource]:
             f"stage {stage.name}: one file or hub set is one task, not {', '.join(data.task)}; set data.task to the "
             "one that grades its prompts, or data.task=[] where none does or the rows name their own"
         )
+    if data.task and data.path and not Path(data.path).suffix and not Path(data.path).expanduser().exists():
+        raise UserError(
+            f"stage {stage.name}: {data.path}: no such file or folder; `alignlab data prepare {data.task[0]} --output "
+            f"{data.path}` makes one (--from takes a copy of the data)"
+        )
+    if is_folder(data.path):
+        return [_folder_source(stage, kind, split)]
     ours = {"task", "max_prompt_tokens", "max_completion_tokens"}
     return [DataSource(task=data.task[0] if data.task else "", **data.model_dump(exclude=ours))]
 
 
 def _starter_source(stage: str, task: str, kind: Kind, split: Split, limit: int | None) -> DataSource:
-    prefix = "pairs." if kind in ("pairs", "labelled") else ""
-    train, held_out = (
-        starter.DATA / task / f"{prefix}{s}.jsonl" for s in ("train", "validation" if split == "train" else split)
-    )
+    folder = starter.DATA / task
+    if not folder.is_dir():
+        raise UserError(
+            f"stage {stage}: the starter has no data for {task!r}; run `alignlab data prepare {task}` and set "
+            f"data.path=data/{task}, or name a file there"
+        )
+    train, held_out = (split_file(folder, kind, s) for s in _both(split))
     for path in (train, held_out):
         if not path.is_file():
             raise UserError(
                 f"stage {stage}: the starter has no {path.stem} data for {task!r}; name a file in data.path"
             )
     return DataSource(path=str(train), validation_path=str(held_out), task=task, limit=limit)
+
+
+def _folder_source(stage: Stage, kind: Kind, split: Split) -> DataSource:
+    """A prepared folder's file of the split, and its train rows, which validation and test may not show."""
+    data = stage.data
+    given = [key for key in OF_FILES if getattr(data, key) != type(data).model_fields[key].default]
+    if given:
+        raise UserError(
+            f"stage {stage.name}: data.{given[0]} is for files, and data.path is a prepared folder; drop it"
+        )
+    folder = Path(str(data.path)).expanduser()
+    train, held_out = (split_file(folder, kind, s) for s in _both(split))
+    if split == "train" or not held_out.is_file():
+        require_split(folder, kind, split)
+    return DataSource(
+        path=str(train if train.is_file() else held_out),
+        validation_path=str(held_out) if train.is_file() else None,
+        validation_fraction=0.1 if train.is_file() else 0.0,  # what is only for testing has no train rows to show
+        system_prompt=data.system_prompt,
+        prompt_template=data.prompt_template,
+        task=data.task[0] if data.task else "",
+        limit=data.limit,
+        max_dropped_fraction=1.0,  # prompts without a demonstration lie beside those that have one
+    )
+
+
+def _both(split: Split) -> tuple[Split, Split]:
+    """Train, and the split that is asked for or, for train, validation."""
+    return "train", "validation" if split == "train" else split
 
 
 def held_out_items(stage: Stage) -> list[Any]:

@@ -4,7 +4,8 @@ seed -> prompts, demonstrations, preference pairs; (prompt, completion) -> grade
 
 `tasks/reasoning.py` holds `TASK` and is asked for by its file name. The four starter tasks also bring a `Generator`:
 everything they need is made from a seed, and what may be shown in training is kept apart from what is tested on by
-hashing the content of each prompt (never its wording or the seed) to a split.
+hashing the content of each prompt (never its wording or the seed) to a split. Others say by their `sources` which
+public sets they are made of; `alignlab data prepare` reads those.
 """
 
 from __future__ import annotations
@@ -15,17 +16,18 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from importlib import import_module
 from random import Random
-from typing import Literal
 
+from alignlab.data.prepare import Sizes
+from alignlab.data.prepared import Split
+from alignlab.data.sets import Source
 from alignlab.types import Completion, Example, Pair, Prompt
-
-Split = Literal["train", "validation", "test"]
 
 PATIENCE = 20_000
 """Draws in a row without a new prompt after which there are taken to be no more."""
 
 Grade = Mapping[str, float]
-"""`score` in [0, 1], and the task's details, each named in `Task.metrics`; a detail that does not apply is left out."""
+"""`score` in [0, 1], and the task's details, each named in `Task.metrics`; what does not apply is left out, `score` too
+where nothing is known that could decide it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,11 +62,21 @@ class Task:
     """Key of a grade -> what it says."""
     generate: Generator | None = None
     """None where the data come from files."""
+    sources: tuple[Source, ...] = ()
+    """Public sets that it can be prepared from; none: whatever file is named."""
+    sizes: Sizes = field(default_factory=Sizes)
+    """The most prompts of each split, unless `prepare` is told otherwise."""
+    system_prompt: str = ""
+    """Goes before prepared conversations that have no system message."""
+    measures: tuple[str, ...] = ()
+    """What `alignlab evaluate` measures by default."""
+    starts_rl: bool = True
+    """Whether RL may start from a policy trained on it; not where its completions judge answers and give none."""
 
 
 def get_task(name: str) -> Task:
     """The task of that name. Raises ValueError naming the ones there are."""
-    names = sorted(module.name for module in pkgutil.iter_modules(__path__))
+    names = sorted(module.name for module in pkgutil.iter_modules(__path__) if not module.name.startswith("_"))
     if name not in names:
         raise ValueError(f"no task is named {name!r}; there are: {', '.join(names)}")
     task: Task = import_module(f"{__name__}.{name}").TASK

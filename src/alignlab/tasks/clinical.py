@@ -1,14 +1,22 @@
 """Short conversations between doctor and patient, summed up in fixed sentences.
 
 dialogue -> "Cough for 3 days. No fever. Takes aspirin. Plan: rest." -> F1 over facts.
+
+Prepared from MTS-Dialog: longer dialogues, and the section of a note that a clinician wrote of each, in free words; a
+summary is then compared by its overlap.
 """
 
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterator
 from random import Random
 
+from alignlab.data.files import Record
+from alignlab.data.prepared import Entry
+from alignlab.data.sets import Hub, Source, asked, text_of
 from alignlab.tasks import Generator, Grade, Task
+from alignlab.tasks._text import rouge_l
 from alignlab.types import Completion, Example, Message, Prompt
 
 SYMPTOMS = (
@@ -49,7 +57,13 @@ def sentences(text: str) -> list[str]:
 
 
 def grade(prompt: Prompt, completion: Completion) -> Grade:
-    """`score` is F1 of the summary's sentences against the gold facts; each fact counts once, so repeats are false."""
+    """`score` is F1 of the summary's sentences against the gold facts; each fact counts once, so repeats are false.
+
+    Where `meta["grading"]` is "summary", the reference is free text and `score` is ROUGE-L F1 with it.
+    """
+    if prompt.meta.get("grading") == "summary":
+        repeated = float(any(times > 1 for times in Counter(sentences(completion.text)).values()))
+        return {"score": rouge_l(completion.text, prompt.answer or ""), "repeated": repeated}
     gold, said = Counter(sentences(prompt.answer or "")), Counter(sentences(completion.text))
     right = (gold & said).total()
     precision = right / said.total() if said else 0.0
@@ -156,16 +170,45 @@ def _distort(rng: Random, said: list[str]) -> list[str]:
             return [*said[:place], other[place], *said[place + 1 :]]
 
 
+def read_mts(row: Record) -> Iterator[Entry]:
+    """A dialogue and the section of the note that it became; all sections of a dialogue stay on one side."""
+    dialogue, summary = text_of(row, "dialogue").strip(), text_of(row, "section_text").strip()
+    section = text_of(row, "section_header").strip()
+    prompt = asked(
+        f"Summarise the visit for the section {section}:\n{dialogue}",
+        answer=summary,
+        grading="summary",
+        category=section,
+    )
+    yield Entry(prompt=prompt, completion=summary, group=dialogue, said=dialogue)
+
+
+_MTS = "https://raw.githubusercontent.com/abachaa/MTS-Dialog/main/Main-Dataset/MTS-Dialog-"
+
 TASK = Task(
     name="clinical",
     description="Sum up a short conversation between doctor and patient, each fact once.",
     grade=grade,
     default_reward={"learned": 1.0},
     metrics={
-        "score": "F1 of the summary's sentences against the facts",
+        "score": "F1 of the summary's sentences against the facts; of real dialogues ROUGE-L F1 with the note",
         "precision": "share of its sentences that are facts said for the first time",
         "recall": "share of the facts it says",
         "repeated": "1 if any sentence comes twice",
     },
     generate=Generator(ask=ask, demonstrate=demonstrate, contrast=contrast, babble=babble),
+    sources=(
+        Source(
+            name="MTS-Dialog",
+            licence="CC BY 4.0; Ben Abacha et al., EACL 2023. Made-up visits, no real patients",
+            columns=(("section_header", "section_text", "dialogue"),),
+            read=read_mts,
+            hub={
+                "train": Hub(f"{_MTS}TrainingSet.csv"),
+                "validation": Hub(f"{_MTS}ValidationSet.csv"),
+                "test": Hub(f"{_MTS}TestSet-1-MEDIQA-Chat-2023.csv"),
+            },
+        ),
+    ),
+    measures=("rouge", "verbosity", "perplexity"),
 )

@@ -5,13 +5,23 @@ completion -> the number it answers with -> right, wrong, or near.
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterator
 from fractions import Fraction
 
+from alignlab.data.files import Record
+from alignlab.data.formats import Unusable
+from alignlab.data.prepared import Entry
+from alignlab.data.sets import Hub, Source, asked, text_of
 from alignlab.rewards._answers import answered_number, marked_number, read
 from alignlab.rewards.exact import Mode, gold_number
 from alignlab.rewards.format import well_formed
 from alignlab.tasks import Grade, Task
 from alignlab.types import Completion, Prompt
+
+SYSTEM = "Think between <reasoning> and </reasoning>, then give the number between <answer> and </answer>."
+_CALCULATOR = re.compile(r"<<[^<>]*>>")
+"""Marks of the annotators' calculator, as in `48/2 = <<48/2=24>>24`."""
 
 
 def grade(completion: str, answer: str, mode: Mode = "strict") -> bool:
@@ -54,6 +64,19 @@ def _grade(prompt: Prompt, completion: Completion) -> Grade:
     }
 
 
+def read_row(row: Record) -> Iterator[Entry]:
+    """A question, and its worked answer in the tags that the system message asks for."""
+    worked, hashes, number = text_of(row, "answer").rpartition("####")
+    if not hashes or gold_number(number) is None:
+        raise Unusable("no number after ####")
+    number = number.strip().replace(",", "")
+    steps = _CALCULATOR.sub("", worked).strip()
+    if not steps:
+        raise Unusable("no working")
+    prompt = asked(text_of(row, "question").strip(), answer=number, grading="number", format="reasoning_answer")
+    yield Entry(prompt=prompt, completion=f"<reasoning>{steps}</reasoning><answer>{number}</answer>")
+
+
 TASK = Task(
     name="gsm8k",
     description="Grade-school word problems with a number as the answer.",
@@ -63,4 +86,15 @@ TASK = Task(
         "score": "1 if the marked number is right: in answer tags, after ####, in a box or after 'the answer is'",
         "flexible": "1 if the marked number is right or, without one, the number that the text ends on",
     },
+    sources=(
+        Source(
+            name="GSM8K",
+            licence="MIT; Cobbe et al. 2021",
+            columns=(("question", "answer"),),
+            read=read_row,
+            hub={"train": Hub("openai/gsm8k", "main", "train"), "test": Hub("openai/gsm8k", "main", "test")},
+        ),
+    ),
+    system_prompt=SYSTEM,
+    measures=("gsm8k", "verbosity", "perplexity"),
 )
