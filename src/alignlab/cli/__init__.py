@@ -13,7 +13,7 @@ from types import FrameType
 import typer
 
 import alignlab
-from alignlab.cli import doctor, runs
+from alignlab.cli import doctor, rewards, runs
 from alignlab.errors import UserError
 
 app = typer.Typer(
@@ -26,6 +26,7 @@ app = typer.Typer(
 for command in (runs.train, runs.explain, runs.study, runs.demo, runs.profile, runs.merge):
     app.command()(command)
 app.add_typer(doctor.app, name="doctor")
+app.add_typer(rewards.app, name="reward")
 
 
 @app.command()
