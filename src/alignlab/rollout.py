@@ -439,7 +439,8 @@ def is_constant(group: Group, *, by_component: bool = False) -> bool:
     `by_component`: in every component of the reward, not only in their sum."""
     judged = [r for r in group.rollouts if not math.isnan(r.reward)]
     if by_component:
-        return len({tuple(sorted(r.breakdown.items())) for r in judged}) <= 1
+        values = ({k: v for k, v in r.breakdown.items() if "/" not in k} for r in judged)  # without their parts
+        return len({tuple(sorted(components.items())) for components in values}) <= 1
     return len({r.reward for r in judged}) <= 1
 
 
