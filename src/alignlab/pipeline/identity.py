@@ -148,8 +148,8 @@ def rewards_by_content(stage: Stage, settings: Mapping[str, Any]) -> dict[str, A
         for key in getattr(module, "FILES", ()):
             path = Path(str(entry.options.get(key) or "")).expanduser()
             if entry.options.get(key) and path.exists():
-                files = [path] if path.is_file() else sorted(p for p in path.iterdir() if p.is_file())
-                known[f"reward.{name}.{key}"] = _hash_files(files)
+                files = sorted(p for p in path.iterdir() if p.is_file()) if path.is_dir() else []
+                known[f"reward.{name}.{key}"] = _hash_files(files) if files else file_hash(path)
     return known
 
 
