@@ -13,6 +13,7 @@ from alignlab.pipeline.rewards import LONGEST_CALL, build_rewards, check_judged,
 from alignlab.recipe import Stage, load_recipe
 from alignlab.rewards.code import SWITCH
 from tests.rewards.samples import prompt, tiny_encoder
+from tests.runs import RECIPES, alignlab, rows, small_model, write_rows
 
 NEEDS_JUDGE = pytest.mark.skipif(
     importlib.util.find_spec("alignlab.judge") is None, reason="alignlab.judge is not there"
@@ -147,3 +148,46 @@ def test_what_changes_no_value_is_no_part_of_it(tmp_path: Path) -> None:
     same = ("{judged: {max_calls: 5}}", "{judged: {max_calls: 50, cache: x, concurrency: 2}}", "{judged: {timeout: 9}}")
     assert len({key(tmp_path, reward) for reward in same}) == 1
     assert key(tmp_path, "{judged: {model: other}}") != key(tmp_path, same[0])
+
+
+# ---- from the command line -------------------------------------------------------------------------------------------
+
+
+def test_an_encoder_is_trained_and_used(tmp_path: Path) -> None:
+    pairs = [
+        {"prompt": f"say something {i}", "chosen": "you are so nice", "rejected": "you are so bad"} for i in range(40)
+    ]
+    write_rows(tmp_path / "pairs.jsonl", pairs)
+    base, encoder = tiny_encoder(tmp_path / "base"), tmp_path / "encoder"
+    trained = alignlab(
+        "reward", "encoder", RECIPES / "starter" / "reward_model.yaml", f"data.path={tmp_path / 'pairs.jsonl'}",
+        "data.task=[]", "--model", base, "--output", encoder, "--window", "32", "--learning-rate", "1e-3",
+    )  # fmt: skip
+    assert trained.code == 0, trained.err
+    assert "held-out accuracy: 1.000" in trained.out and f"reward.hybrid={{weight: 1, model: {encoder}}}" in trained.out
+    write_rows(tmp_path / "asked.jsonl", [{"prompt": f"{i} + 1", "answer": str(i + 1)} for i in range(8)])
+    recipe = tmp_path / "grpo.yaml"
+    recipe.write_text(
+        f"model: {small_model(tmp_path / 'small')}\n"
+        f"data: {{path: {tmp_path / 'asked.jsonl'}, task: reasoning, max_completion_tokens: 6}}\n"
+        "algorithm: {name: grpo, prompts_per_phase: 2, group_size: 2}\n"
+        "train: {num_phases: 1}\nevaluation: {prompts_per_task: 0}\n"
+        f"reward: {{hybrid: {{kind: trainable, model: {encoder}, clip: 3}}, similarity: 0.5}}\n"
+    )
+    run = alignlab("train", recipe, "--output", tmp_path / "run")
+    assert run.code == 0, run.err
+    (row,) = rows(tmp_path / "run" / "log_history.jsonl")
+    assert row["reward_judged/hybrid"] == row["reward_judged/similarity"] == 1.0
+    assert row["reward/hybrid/model"] == pytest.approx(row["reward/hybrid"])
+
+
+def test_training_an_encoder_says_what_is_missing(tmp_path: Path) -> None:
+    for recipe, options, message in [
+        ("starter/sft.yaml", (), "no stage is trained on pairs"),
+        ("starter/reward_model.yaml", ("--model", "no/such/folder"), "no such folder"),
+        ("starter/reward_model.yaml", ("--output", str(RECIPES)), "already there"),
+    ]:
+        asked = ("--output", str(tmp_path / "new"), *options)
+        found = alignlab("reward", "encoder", RECIPES / recipe, *asked)
+        assert found.code == 2 and message in found.err and len(found.errors) == 1
+        assert not (tmp_path / "new").exists()
