@@ -1,8 +1,12 @@
 """Rewards combined under their contract, groups of rollouts, and rows within limits."""
 
 import math
+import signal
 import sys
+import threading
+import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
@@ -14,6 +18,7 @@ from torch.testing import assert_close
 from alignlab import rollout as rollout_module
 from alignlab.errors import UserError
 from alignlab.generate import Sampling
+from alignlab.rewards import Detailed
 from alignlab.rollout import (
     Limits,
     Reward,
@@ -29,7 +34,7 @@ from alignlab.rollout import (
     sample_prompts,
     stopped_tensor,
 )
-from alignlab.types import Completion, Example, Group, Labelled, LoopState, Pair, Prompt
+from alignlab.types import Completion, Example, Group, Labelled, LoopState, Pair, Prompt, Rollout
 from tests.algorithms.world import LABELLED, PROMPTS, policy, prompt, raw_logprobs, rollout, rows_of, source, template
 from tests.statistics.mutants import mutated
 from tests.tolerances import EXACT, FLOAT64
@@ -178,6 +183,83 @@ def test_contract(values: Any, message: str) -> None:
     assert "\n" not in str(caught.value)
     with pytest.raises(UserError, match=message):
         combine([reward(values)], TWO_PROMPTS, TWO)
+
+
+# ---- time, and parts -------------------------------------------------------------------------------------------------
+
+
+def hangs_on_the_second(prompts: Sequence[Prompt], completions: Sequence[Completion]) -> list[float]:
+    if any(c.text == "hi there" for c in completions):
+        time.sleep(60)
+    return [1.0] * len(prompts)
+
+
+def loops_and_catches(prompts: Sequence[Prompt], completions: Sequence[Completion]) -> list[float]:
+    while True:
+        with suppress(Exception):
+            math.sqrt(-1)
+
+
+def hangs_on_more_than_one(prompts: Sequence[Prompt], completions: Sequence[Completion]) -> list[float]:
+    threading.Event().wait(60 if len(prompts) > 1 else 0)
+    return [1.0] * len(prompts)
+
+
+@pytest.mark.parametrize(
+    ("function", "where"),
+    [
+        (hangs_on_the_second, SECOND),
+        (loops_and_catches, FIRST),
+        (hangs_on_more_than_one, f"2 completions together, the first being {FIRST}"),
+    ],
+)
+def test_a_function_that_hangs_is_named_with_its_sample(function: Any, where: str) -> None:
+    late = Reward(name="mine", function=function, weight=1.0, timeout=0.2)
+    before, started = signal.getsignal(signal.SIGALRM), time.perf_counter()
+    with pytest.raises(UserError, match=rf"reward 'mine' did not come back within 0.2 s on {where}; .*`timeout`"):
+        combine([late], TWO_PROMPTS, TWO)
+    assert time.perf_counter() - started < 5
+    assert signal.getsignal(signal.SIGALRM) is before and signal.getitimer(signal.ITIMER_REAL) == (0.0, 0.0)
+
+
+def test_a_limit_that_is_kept_changes_nothing() -> None:
+    in_time = Reward(name="mine", function=lambda p, c: [0.5] * len(p), weight=2.0, timeout=30.0)
+    assert [judged.reward for judged in combine([in_time], TWO_PROMPTS, TWO)] == [1.0, 1.0]
+    assert signal.getitimer(signal.ITIMER_REAL) == (0.0, 0.0)
+
+
+def test_parts_are_logged_beside_their_value_and_count_for_nothing() -> None:
+    values = [Detailed(0.5, {"facts": 1, "tone": 0.0}), Detailed(0.25, {"facts": 0.5})]
+    found = combine([reward(values, weight=2.0)], TWO_PROMPTS, TWO)
+    assert [judged.reward for judged in found] == [1.0, 0.5]
+    assert found[0].breakdown == {"mine": 0.5, "mine/facts": 1.0, "mine/tone": 0.0}
+    rollouts = [
+        Rollout(prompt=p, prompt_ids=(1,), completion=c, **judged._asdict())
+        for p, c, judged in zip(TWO_PROMPTS, TWO, found, strict=True)
+    ]
+    metrics = rollout_metrics([Group(rollouts=(r,)) for r in rollouts], [reward(values)])
+    assert metrics["reward/mine/facts"] == 0.75 and metrics["reward/mine"] == 0.375
+    assert "reward_judged/mine/facts" not in metrics
+    same = [
+        replace(r, reward=1.0, breakdown={"mine": 0.5, "mine/facts": x}) for r, x in zip(rollouts, (0, 1), strict=True)
+    ]
+    assert is_constant(Group(rollouts=tuple(same)), by_component=True)
+
+
+def test_parts_are_finite_numbers() -> None:
+    with pytest.raises(UserError, match=rf"returned {{'facts': nan}} for {FIRST}"):
+        combine([reward([Detailed(0.5, {"facts": math.nan}), 1.0])], TWO_PROMPTS, TWO)
+
+
+def test_what_a_reward_says_to_users_is_said_as_it_is() -> None:
+    def refuses(prompts: Sequence[Prompt], completions: Sequence[Completion]) -> list[float]:
+        calls.append(len(prompts))
+        raise UserError("judge: no key; set one")
+
+    calls: list[int] = []
+    with pytest.raises(UserError, match=r"^reward 'mine': judge: no key; set one$"):
+        combine([Reward(name="mine", function=refuses, weight=1.0)], TWO_PROMPTS, TWO)
+    assert calls == [2]
 
 
 def test_no_reward_for_any_task_here() -> None:

@@ -2,10 +2,11 @@
 
 import threading
 import time
+from contextlib import suppress
 
 import pytest
 
-from alignlab.timing import by_part, clock, span, waiting
+from alignlab.timing import OutOfTime, by_part, clock, span, time_limit, waiting
 
 
 def test_parts_add_up_and_nothing_counts_twice() -> None:
@@ -62,3 +63,23 @@ def test_waiting_is_asked_at_every_boundary() -> None:
     with span("two"):
         pass
     assert len(calls) == 2
+
+
+def test_a_time_limit_ends_what_catches_exceptions_and_is_none_in_other_threads() -> None:
+    with pytest.raises(OutOfTime), time_limit(0.05):
+        while True:
+            with suppress(Exception):
+                time.sleep(0.01)
+    with time_limit(None):
+        pass
+
+    def elsewhere() -> None:
+        with time_limit(0.01):
+            time.sleep(0.05)
+        finished.append(True)
+
+    finished: list[bool] = []
+    thread = threading.Thread(target=elsewhere)
+    thread.start()
+    thread.join()
+    assert finished == [True]

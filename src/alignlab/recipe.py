@@ -290,6 +290,8 @@ class RewardEntry(Section):
 
     weight: float = 1.0
     tasks: Names = ()
+    timeout: float | None = Field(None, gt=0)
+    """Seconds that one call may take; null: ten minutes for a function of one's own, any time for alignlab's."""
 
     @property
     def options(self) -> dict[str, Any]:

@@ -22,8 +22,8 @@ from alignlab.data import collate, fit, plan_microbatches, take
 from alignlab.errors import UserError
 from alignlab.generate import CACHE_MB, Sampling, SamplingKey, generate
 from alignlab.models import Model
-from alignlab.rewards import RewardFunction
-from alignlab.timing import span
+from alignlab.rewards import Detailed, RewardFunction
+from alignlab.timing import OutOfTime, span, time_limit
 from alignlab.types import Batch, Completion, Example, Group, Labelled, LoopState, Pair, Prompt, Rollout, Row
 
 T = TypeVar("T")
@@ -42,6 +42,8 @@ class Reward:
     """Only prompts of these tasks; empty = all."""
     needs: str = ""
     """What a prompt must have for it, in words; empty = nothing."""
+    timeout: float | None = None
+    """Seconds that one call of the function may take; None = any time."""
 
 
 class Judged(NamedTuple):
@@ -50,7 +52,7 @@ class Judged(NamedTuple):
     reward: float
     """Weighted sum of the components that apply; NaN if none does."""
     breakdown: dict[str, float]
-    """Component -> its unweighted value; of one that scores tokens, their sum."""
+    """Component -> its unweighted value; of one that scores tokens, their sum. Its parts are `component/part`."""
     token_scores: tuple[float, ...] | None
     """Weighted sum, token by token, of the components that score tokens; None if none does."""
 
@@ -62,9 +64,9 @@ def combine(
     """Every completion judged by the components that apply to it; `any_judged`: at least one has to be.
 
     Raises:
-        UserError: a function raised, or gave the wrong number of values, or something that is neither a finite number
-            (or one a token) nor None, or no function judged any completion; names the function and the sample. A broken
-            grader must not look like a bad model.
+        UserError: a function raised, took too long, or gave the wrong number of values, or something that is neither a
+            finite number (or one a token) nor None, or no function judged any completion; names the function and the
+            sample. A broken grader must not look like a bad model.
     """
     totals = [0.0 for _ in prompts]
     breakdowns: list[dict[str, float]] = [{} for _ in prompts]
@@ -79,7 +81,9 @@ def combine(
                 value = float(value.sum())
             if value is not None:
                 totals[i] += reward.weight * value
-                breakdowns[i][reward.name] = value
+                breakdowns[i][reward.name] = float(value)
+                parts = value.parts if isinstance(value, Detailed) else {}
+                breakdowns[i] |= {f"{reward.name}/{part}": float(x) for part, x in parts.items()}
     if any_judged and prompts and not any(breakdowns):
         names = ", ".join(repr(reward.name) for reward in rewards) or "none is named"
         raise UserError(
@@ -112,7 +116,16 @@ def _values(
     if not prompts:
         return []
     try:
-        values = reward.function(prompts, completions)
+        with time_limit(reward.timeout):
+            values = reward.function(prompts, completions)
+    except UserError as error:
+        raise UserError(f"reward {reward.name!r}: {error}") from error
+    except OutOfTime as error:
+        where = _culprit(reward, prompts, completions)
+        raise UserError(
+            f"reward {reward.name!r} did not come back within {reward.timeout:g} s on {where}; mend it, or set "
+            "`timeout` beside its weight"
+        ) from error
     except Exception as error:
         what = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
         where = _culprit(reward, prompts, completions)
@@ -138,8 +151,10 @@ def _checked(reward: Reward, value: object, prompt: Prompt, completion: Completi
             )
         if all(_is_number(x) for x in value):
             return np.array([float(x) for x in value])
+    elif isinstance(value, Detailed) and not all(map(_is_number, value.parts.values())):
+        value = value.parts  # told below
     elif _is_number(value):
-        return float(cast(Real, value))
+        return value if isinstance(value, Detailed) else float(cast(Real, value))
     raise UserError(
         f"reward {reward.name!r} returned {value!r} for {_sample(prompt, completion)}; a finite float or None is needed"
     )
@@ -150,11 +165,13 @@ def _is_number(value: object) -> bool:
 
 
 def _culprit(reward: Reward, prompts: Sequence[Prompt], completions: Sequence[Completion]) -> str:
-    """The first completion that the function raises on by itself."""
+    """The first completion that the function raises on, or hangs at, by itself."""
+    share = None if reward.timeout is None else min(reward.timeout, max(1.0, reward.timeout / len(prompts)))
     for prompt, completion in zip(prompts, completions, strict=True):
         try:
-            reward.function([prompt], [completion])
-        except Exception:
+            with time_limit(share):
+                reward.function([prompt], [completion])
+        except (Exception, OutOfTime):
             return _sample(prompt, completion)
     return f"{len(prompts)} completions together, the first being {_sample(prompts[0], completions[0])}"
 
@@ -422,7 +439,8 @@ def is_constant(group: Group, *, by_component: bool = False) -> bool:
     `by_component`: in every component of the reward, not only in their sum."""
     judged = [r for r in group.rollouts if not math.isnan(r.reward)]
     if by_component:
-        return len({tuple(sorted(r.breakdown.items())) for r in judged}) <= 1
+        values = ({k: v for k, v in r.breakdown.items() if "/" not in k} for r in judged)  # without their parts
+        return len({tuple(sorted(components.items())) for components in values}) <= 1
     return len({r.reward for r in judged}) <= 1
 
 

@@ -7,6 +7,7 @@ costs about a microsecond. Whoever wants to know asks before and after.
 
 from __future__ import annotations
 
+import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -107,3 +108,33 @@ def waiting(wait: Callable[[], None] | None) -> Iterator[Clock]:
         yield found
     finally:
         found.wait = before
+
+
+# ---- limits ----------------------------------------------------------------------------------------------------------
+
+
+class OutOfTime(BaseException):
+    """Raised inside `time_limit`. No `except Exception` there stops it."""
+
+
+@contextmanager
+def time_limit(seconds: float | None) -> Iterator[None]:
+    """Inside, `OutOfTime` is raised after so many seconds, and again every second for those who catch it.
+
+    None is no limit. There is none outside the main thread and on Windows either, and native code that does not come
+    back to Python is not interrupted.
+    """
+    if seconds is None or threading.current_thread() is not threading.main_thread() or not hasattr(signal, "setitimer"):
+        yield
+        return
+
+    def ring(*_: object) -> None:
+        raise OutOfTime
+
+    before = signal.signal(signal.SIGALRM, ring)
+    signal.setitimer(signal.ITIMER_REAL, seconds, 1.0)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before or signal.SIG_DFL)

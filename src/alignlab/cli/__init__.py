@@ -13,7 +13,7 @@ from types import FrameType
 import typer
 
 import alignlab
-from alignlab.cli import data, doctor, judge, runs
+from alignlab.cli import data, doctor, judge, rewards, runs
 from alignlab.cli.evaluate import evaluate
 from alignlab.errors import UserError
 
@@ -31,6 +31,7 @@ app.add_typer(data.app, name="data")
 app.add_typer(doctor.app, name="doctor")
 app.add_typer(judge.app, name="judge")
 app.add_typer(judge.human, name="human")
+app.add_typer(rewards.app, name="reward")
 
 
 @app.command()

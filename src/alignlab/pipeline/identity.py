@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import alignlab
-from alignlab import starter
+from alignlab import registry, starter
 from alignlab.checkpoint import file_hash, verify
 from alignlab.data.prepared import data_files, is_folder
 from alignlab.errors import UserError
@@ -126,6 +126,7 @@ def stage_key(
     dependencies = {"name", "start", "reward_model", "teacher"}
     settings = _flat(stage.model_dump(mode="json", serialize_as_any=True, exclude=dependencies))
     settings = {k: v for k, v in settings.items() if k not in KNOWN_BY_CONTENT}
+    settings = rewards_by_content(stage, settings)
     parts = settings | {
         "seed": seed,
         "start": start.key if start else model_fingerprint(stage.model),
@@ -136,6 +137,21 @@ def stage_key(
     full = {**parts, "code": code_fingerprint()}
     parts = {k: v for k, v in parts.items() if k not in ONLY_WHERE}
     return hashlib.sha256(json.dumps(full, sort_keys=True).encode()).hexdigest(), parts
+
+
+def rewards_by_content(stage: Stage, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings with the files that rewards' options name by their content, and without what changes no value."""
+    known = dict(settings)
+    for name, entry in stage.reward.items():
+        module = registry.resolve("rewards", name) if name in registry.names("rewards") else None
+        for key in ("timeout", *getattr(module, "ONLY_HOW", ())):
+            known.pop(f"reward.{name}.{key}", None)
+        for key in getattr(module, "FILES", ()):
+            path = Path(str(entry.options.get(key) or "")).expanduser()
+            if entry.options.get(key) and path.exists():
+                files = sorted(p for p in path.iterdir() if p.is_file()) if path.is_dir() else []
+                known[f"reward.{name}.{key}"] = _hash_files(files) if files else file_hash(path)
+    return known
 
 
 def _flat(value: Any, prefix: str = "") -> dict[str, Any]:

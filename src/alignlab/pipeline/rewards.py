@@ -8,7 +8,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from types import ModuleType, NoneType, UnionType
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, Union, Unpack, get_args, get_origin, get_type_hints
 
 from alignlab import registry
 from alignlab.errors import UserError
@@ -20,6 +20,8 @@ from alignlab.types import Completion, Prompt
 DOCTOR_FILE = "doctor.json"
 """What `alignlab doctor reward` leaves beside a reward model it examined."""
 FIT, UNFIT = "fit for RL", "not fit for RL"
+LONGEST_CALL = 600.0
+"""Seconds that a function of one's own may take for a call, unless the recipe says otherwise."""
 
 
 def reward_entries(stage: Stage) -> list[tuple[str, RewardEntry]]:
@@ -85,7 +87,13 @@ def build_rewards(stage: Stage, learned: Callable[[], Mapping[str, Any]]) -> lis
 
 def _reward(name: str, entry: RewardEntry, function: Callable[..., Any]) -> Reward:
     needs = str(getattr(registry.resolve("rewards", name), "NEEDS", ""))
-    return Reward(name=name, function=function, weight=entry.weight, tasks=entry.tasks, needs=needs)
+    timeout = entry.timeout or (None if is_own(name) else LONGEST_CALL)
+    return Reward(name=name, function=function, weight=entry.weight, tasks=entry.tasks, needs=needs, timeout=timeout)
+
+
+def is_own(name: str) -> bool:
+    """Whether a reward is one of alignlab's."""
+    return name in registry.names("rewards")
 
 
 def check_judged(stage: Stage, prompts: Sequence[Prompt]) -> None:
@@ -95,13 +103,18 @@ def check_judged(stage: Stage, prompts: Sequence[Prompt]) -> None:
         UserError: no component judges any of the prompts.
     """
     nothing = Completion(token_ids=(), logprobs=(), finish_reason="length", text="")
-    rewards = []
+    rewards, judged = [], False
     for name, entry in reward_entries(stage):
         here = [prompt for prompt in prompts if not entry.tasks or prompt.task in entry.tasks]
-        is_rule, function = name in registry.names("rewards") and name != "learned", _without_model(name, entry)
-        if here and (not is_rule or any(value is not None for value in function(here, [nothing] * len(here)))):
-            return
+        function = _without_model(name, entry)
+        applies = getattr(registry.resolve("rewards", name), "applies", None) if is_own(name) else None
+        if applies is not None:
+            judged |= True in [applies(prompt, **entry.options) for prompt in here]  # all: it may refuse one
+        elif here and not judged:
+            judged = not is_own(name) or any(v is not None for v in function(here, [nothing] * len(here)))
         rewards.append(_reward(name, entry, function))
+    if judged:
+        return
     names = ", ".join(repr(reward.name) for reward in rewards)
     raise UserError(
         f"reward: no function ({names}) judges any of {len(prompts)} prompts; {why_silent(rewards, prompts)}"
@@ -205,20 +218,24 @@ def _check_options(name: str, function: Callable[..., Any], options: Mapping[str
     parameters = list(inspect.signature(function).parameters.values())
     by_place = [p.name for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
     named = (p for p in parameters if p.kind in (p.KEYWORD_ONLY, p.POSITIONAL_OR_KEYWORD))
-    takes = {p.name: p for p in named if p.name not in by_place[:2]}
-    if any(p.kind is p.VAR_KEYWORD for p in parameters):
-        return
+    takes = {p.name: p.default is p.empty for p in named if p.name not in by_place[:2]}
     try:
         types = get_type_hints(function)
     except Exception:  # whatever a user's annotations refer to
         types = {}
+    for further in (p for p in parameters if p.kind is p.VAR_KEYWORD):
+        if get_origin(types.get(further.name)) is not Unpack:
+            return
+        (described,) = get_args(types[further.name])
+        types |= get_type_hints(described)
+        takes |= dict.fromkeys(get_type_hints(described), False)
     for key, value in options.items():
         if key not in takes:
             raise UserError(f"reward.{name}.{key}: unknown option; {_unknown(key, value, takes)}")
         if wanted := _misfit(value, types.get(key, Any)):
             raise UserError(f"reward.{name}.{key}: {wanted} is needed, not {value!r}")
-    for key, parameter in takes.items():
-        if parameter.default is parameter.empty and key not in options:
+    for key, is_needed in takes.items():
+        if is_needed and key not in options:
             raise UserError(f"reward.{name}.{key}: missing; the function needs it")
 
 
@@ -226,8 +243,9 @@ def _unknown(key: str, value: object, takes: Collection[str]) -> str:
     if key == "options" and isinstance(value, Mapping):
         beside = ", ".join(f"{k}: {v}" for k, v in value.items())
         return f"options stand beside weight: {{weight: 1, {beside}}}"
-    own = [k for k in takes if k not in ("weight", "tasks")]
-    return registry.did_you_mean(key, [*own, "weight", "tasks"]) or f"it takes {', '.join(own) or 'none'}"
+    common = ("weight", "tasks", "timeout")
+    own = [k for k in takes if k not in common]
+    return registry.did_you_mean(key, [*own, *common]) or f"it takes {', '.join(own) or 'none'}"
 
 
 def _misfit(value: object, kind: Any) -> str:

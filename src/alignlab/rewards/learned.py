@@ -64,6 +64,11 @@ def learned(
     return scores
 
 
+def applies(prompt: Prompt, **_: object) -> bool:
+    """Whether completions of this prompt are judged: all are."""
+    return True
+
+
 def scored_row(prompt: Prompt, completion: Completion, template: Template, *, same_ids: bool) -> Row:
     """The row that a reward model with this template reads."""
     if same_ids:

@@ -12,14 +12,13 @@ import re
 import sys
 from collections.abc import Iterator
 from functools import cache
-from importlib import import_module
 from random import Random
 
 from alignlab.data.files import Record
 from alignlab.data.formats import Unusable
 from alignlab.data.prepared import Entry, Split
 from alignlab.data.sets import Hub, Source, asked, text_of
-from alignlab.rewards.code import parse_expression, parse_program, same_expression
+from alignlab.rewards.code import parse_expression, parse_program, passes, program_of, running_allowed, same_expression
 from alignlab.tasks import Generator, Grade, Task
 from alignlab.types import Completion, Example, Message, Prompt
 
@@ -99,12 +98,11 @@ def grade(prompt: Prompt, completion: Completion) -> Grade:
 
 
 def _grade_program(prompt: Prompt, completion: Completion) -> Grade:
-    running = import_module("alignlab.rewards.code")
-    parses = float(parse_program(running.program_of(completion.text)) is not None)
-    if not running.running_allowed():
+    parses = float(parse_program(program_of(completion.text)) is not None)
+    if not running_allowed():
         _say_once("code: running programs is off, so unit tests give no score; ALIGNLAB_RUN_CODE=1 turns it on")
         return {"parses": parses}
-    result = running.passes(prompt, completion.text)
+    result = passes(prompt, completion.text)
     return {"score": float(result.passed), "parses": parses, "tests_passed": result.num_passed / result.num_tests}
 
 
