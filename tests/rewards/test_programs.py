@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
 import sys
 import threading
 import time
@@ -15,6 +16,7 @@ import pytest
 
 from alignlab.errors import UserError
 from alignlab.rewards import _isolation
+from alignlab.rewards._sandbox import CHILD
 from alignlab.rewards.code import SWITCH, TestResult, applies, code, passes, program_of, run_tests, running_allowed
 from alignlab.types import Completion, Message, Prompt
 
@@ -274,6 +276,15 @@ def test_a_fork_bomb_starts_nothing_and_nothing_is_left_behind() -> None:
     ):
         run_tests(hanging, ["assert f(0)"], timeout=0.3)
     assert {child.pid for child in psutil.Process().children(recursive=True)} <= before
+
+
+def test_the_judge_ends_in_order_and_sees_the_program_gone() -> None:
+    """Else its process would be left to whoever collects orphans."""
+    for program in (DOUBLE, "while True: pass", "import os; os._exit(3)"):
+        job = {"program": program, "tests": TESTS, "setup": "", "entry_point": None}
+        command = [sys.executable, "-S", "-P", str(CHILD), "0.5", "256"]
+        ended = subprocess.run(command, input=json.dumps(job).encode(), capture_output=True)
+        assert (ended.returncode, ended.stderr) == (0, b"") and ended.stdout
 
 
 def test_stdin_is_closed_and_hostile_text_is_only_wrong() -> None:

@@ -33,7 +33,10 @@ ALLOWED: dict[str, tuple[int | None, int | None]] = {
     "uname": (63, 160), "sysinfo": (99, 179), "exit": (60, 93), "exit_group": (231, 94),
     "set_tid_address": (218, 96),
 }  # fmt: skip
-OF_THE_JUDGE: dict[str, tuple[int | None, int | None]] = {"wait4": (61, 260), "kill": (62, 129)}
+OF_THE_JUDGE: dict[str, tuple[int | None, int | None]] = {
+    "wait4": (61, 260), "kill": (62, 129), "setitimer": (38, 103),
+}  # fmt: skip
+"""To end the program's process when it is time, and to see it gone."""
 OPEN, OPENAT, CLONE, CLONE3, FCNTL, IOCTL = (2, None), (257, 56), (56, 220), (435, 435), (72, 25), (16, 29)
 NATIVE = {"x86_64": (0, 0xC000003E), "aarch64": (1, 0xC00000B7)}
 """Machine -> column of the tables, AUDIT_ARCH."""

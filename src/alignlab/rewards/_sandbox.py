@@ -73,7 +73,10 @@ def run(
             said, broken = child.communicate()
     lines = [json.loads(line) for line in said.splitlines()]
     if any("error" in line for line in lines) or (child.returncode == 1 and not lines):
-        told = next((line["error"] for line in lines), broken.decode(errors="replace").strip().splitlines()[-1:])
+        told = next(
+            (line["error"] for line in lines if "error" in line),
+            broken.decode(errors="replace").strip().splitlines()[-1:],
+        )
         raise UserError(f"code: cannot run programs safely on this machine ({told}); it takes Linux with seccomp")
     good = sum(line["passed"] for line in lines)
     wrong = next((line["why"] for line in lines if not line["passed"]), "")
