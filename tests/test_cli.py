@@ -145,7 +145,7 @@ BAD_OVERRIDES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     ),
     "wrong choice of a reward's option": (
         ("algorithm={name: grpo}", "reward={exact: {mode: loose}}"),
-        ("reward.exact.mode: strict or flexible is needed, not 'loose'",),
+        ("reward.exact.mode: strict or flexible or marked is needed, not 'loose'",),
     ),
     "misspelt task of a reward": (
         ("algorithm={name: grpo}", "data={task: [reasoning, code]}", "reward={exact: {tasks: reasonning}}"),

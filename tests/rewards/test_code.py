@@ -25,6 +25,7 @@ def completion(text: str) -> Completion:
         ("  x + (5 * y)\n", "x + 5 * y"),
         ('user["age"]', "user['age']"),
         ("names [ : 3 ]", "names[:3]"),
+        ("import  os", "import os"),  # where the answer is a statement
     ],
 )
 def test_the_same_tree(text: str, answer: str) -> None:
@@ -44,7 +45,8 @@ def test_the_same_tree(text: str, answer: str) -> None:
         ("`names`", "names"),
         ("", "x"),
         ("x", ""),
-        ("import os", "import os"),  # no expression on either side
+        ("import os", "import sys"),
+        ("import os", "os"),
     ],
 )
 def test_another_tree(text: str, answer: str) -> None:

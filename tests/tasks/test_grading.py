@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import types
 from typing import Any, Literal
 
@@ -127,9 +126,7 @@ def classifier(monkeypatch: pytest.MonkeyPatch, probability: float) -> list[tupl
         seen.append((prompt, completion))
         return probability
 
-    module = types.ModuleType("alignlab.classifiers")
-    module.refusal = refusal  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "alignlab.classifiers", module)
+    monkeypatch.setattr("alignlab.tasks.safety.refusal", refusal)
     return seen
 
 
@@ -251,4 +248,4 @@ def stand_in(monkeypatch: pytest.MonkeyPatch, *, allowed: bool, passed: int = 0,
         "program_of": lambda text: text,
         "passes": lambda prompt, text: result,
     }.items():
-        monkeypatch.setattr("alignlab.rewards.code." + name, found, raising=False)
+        monkeypatch.setattr("alignlab.tasks.code." + name, found)
