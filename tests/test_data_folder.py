@@ -15,6 +15,7 @@ from alignlab.errors import UserError
 from alignlab.pipeline.identity import data_fingerprint
 from alignlab.pipeline.items import load_items
 from alignlab.recipe import Stage, load_recipe
+from alignlab.study.plan import load_study
 from alignlab.tasks import get_task
 from alignlab.types import Completion, Example
 from tests.runs import RECIPES, alignlab, rows, small_model, write_rows
@@ -250,6 +251,15 @@ def run(name: str, where: Path) -> Any:
     return alignlab("train", *arguments, cwd=where)
 
 
+def test_the_study_on_prepared_data_parses(tmp_path: Path, ultra: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    study = RECIPES / "studies" / "ultrafeedback.yaml"
+    with pytest.raises(UserError, match="alignlab data prepare ultrafeedback"):
+        load_study(study)
+    prepare("ultrafeedback", ultra, tmp_path / "data" / "ultrafeedback")
+    assert list(load_study(study).arms) == ["ppo", "grpo", "dpo"]
+
+
 SLICES: dict[str, tuple[str, Sequence[str]]] = {
     "safety": ("safety", ("hh_rlhf", "simple_safety_tests", "advbench", "hhh_alignment")),
     "clinical": ("clinical", ("mts_dialog",)),
@@ -288,6 +298,13 @@ def test_every_recipe_runs_on_its_real_slice(name: str, slices: Path) -> None:
         assert 0 <= evaluation["metrics"]["preference/accuracy"] <= 1
     else:
         assert evaluation["scores"] and all(0 <= score <= 1 for score in evaluation["scores"].values())
+
+
+@pytest.mark.slow
+def test_the_study_runs_on_its_real_slice(slices: Path) -> None:
+    result = alignlab("study", RECIPES / "studies" / "ultrafeedback.yaml", "--debug", "--output", "out/s", cwd=slices)
+    assert result.code == 0, result.err
+    assert (slices / "out" / "s" / "report.html").is_file()
 
 
 # ---- references ------------------------------------------------------------------------------------------------------
