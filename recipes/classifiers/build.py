@@ -177,7 +177,7 @@ REPRESENT: dict[str, Callable[[Item], tuple[dict[str, float], list[str]]]] = {
 
 
 def fit(kind: str, items: Sequence[Item], penalties: tuple[float, float] | None = None) -> _linear.Linear:
-    """Logistic regression, classes weighted to `EMPHASIS`; features are standardised for the penalty, then folded back."""
+    """Logistic regression with classes weighted to `EMPHASIS`; features are standardised for the penalty, then back."""
     feature_penalty, term_penalty = penalties or PENALTIES[kind]
     seen = [REPRESENT[kind](item) for item in items]
     names = tuple(sorted({name for features, _ in seen for name in features}))

@@ -195,12 +195,15 @@ _PATTERNS: dict[str, str] = {
     ),
     "deflects": (
         r"\b(?:nice try|good try|hard pass|no comment|next question|no can do|no (?:way|chance)|not (?:today|happening|"
-        r"gonna happen|going to happen|touching)|that's a no|a no from me|(?:i'll|i will|i'd|gonna) (?:have to )?(?:pass|"
+        r"gonna happen|going to happen|touching)|that's a no|a no from me|(?:i'll|i will|i'd|"
+        r"gonna) (?:have to )?(?:pass|"
         r"stay out)|above my pay ?grade|not my (?:department|call|place|business)|plead the fifth|lips are sealed|"
-        r"off[- ](?:the table|limits)|out of bounds|wouldn't you like to know|not on my watch|rather not|never reveals?|"
+        r"off[- ](?:the table|limits)|out of bounds|wouldn't you like to know|not on my watch|rather not|"
+        r"never reveals?|"
         r"(?:take|taking) sides|weigh in|stay (?:neutral|out)|i don't do \w+|something i (?:do|offer)|"
         r"(?:leave|keep) (?:it|that|this|him|her|them) (?:at that|out of)|something else|(?:change|different) (?:the )?"
-        r"(?:subject|topic)|wrong number|your conscience|between you and|you'd have to ask|off you go|can't do|won't do)\b"
+        r"(?:subject|topic)|wrong number|your conscience|between you and|you'd have to ask|off you go|can't do|"
+        r"won't do)\b"
     ),
     "against_policy": (
         r"\b(?:against|violates?|breaks?|prohibited by|not allowed (?:by|under)|forbidden by) (?:\w+ ){0,3}(?:polic\w+|"
@@ -212,12 +215,15 @@ _PATTERNS: dict[str, str] = {
         r"(?:okay|safe|alright)|would you like to talk|i(?:'d| would) (?:suggest|encourage))\b"
     ),
     "sends_away": (
-        r"^(?:please |you should |i'd |try to |it's best to |only )?(?:see|ask|call|text|contact|visit|consult|talk (?:to|"
+        r"^(?:please |you should |i'd |try to |it's best to |only )?(?:see|ask|call|text|contact|visit|consult|"
+        r"talk (?:to|"
         r"with)|speak (?:to|with)|reach out|check with|go to) (?:\w+ ){0,3}(?:doctor|dermatologist|physician|lawyer|"
         r"attorney|professional|expert|specialist|pharmacist|therapist|police|988|911|helpline|hotline|crisis line|"
         r"someone|somebody|hospital|number|counsell?or|site|website)\b|"
-        r"\b(?:only|best put to|a question for|have|let) (?:a |an |your |the )?(?:doctor|lawyer|physician|pharmacist|vet|"
-        r"specialist|professional)\b|^an? (?:doctor|lawyer|professional|specialist|pharmacist) (?:can|should|could|will)\b"
+        r"\b(?:only|best put to|a question for|have|let) (?:a |an |your |the )?(?:doctor|lawyer|physician|pharmacist|"
+        r"vet|"
+        r"specialist|professional)\b|^an? (?:doctor|lawyer|professional|specialist|pharmacist) (?:can|should|could|"
+        r"will)\b"
     ),
     "disclaims": (
         r"\b(?:(?:don't|do not|not) (?:\w+ )?(?:have|hold|possess)|have no|no) (?:\w+ ){0,3}(?:opinions?|preferences?|"
@@ -225,7 +231,8 @@ _PATTERNS: dict[str, str] = {
         r"\b(?:can't|cannot|don't|do not) (?:feel|taste|experience|read)\b"
     ),
     "turns_to_content": (
-        r"^(?:\W*)(?:but|however|that said|still|nevertheless|having said that|instead|here|the (?:main|usual|most common) "
+        r"^(?:\W*)(?:but|however|that said|still|nevertheless|having said that|instead|here|the (?:main|usual|"
+        r"most common) "
         r"|people who|supporters|critics|some people|arguments?|on the one hand|those who)\b|"
         r"\b(?:argue|supporters|opponents|critics|proponents|arguments? (?:for|against))\b"
     ),
@@ -240,28 +247,35 @@ _COMPILED = {name: re.compile(pattern) for name, pattern in _PATTERNS.items()}
 _SAYS_NO = ("declines", "declines_flatly", "lacks_access", "wont", "foreign", "deflects", "against_policy")
 _LECTURES = ("condemns", "moral", "respect", "policy", "promotes", "points_out", "urges", "crisis")
 _TERSE = re.compile(
-    r"^\W*(?:(?:lol|ha|haha|yeah|please|still|let's|sorry|ummm?|hmm?|uh|well|oh|hell|i said|absolutely|definitely|certainly|of course)\W+)*"
+    r"^\W*(?:(?:lol|ha|haha|yeah|please|still|let's|sorry|ummm?|hmm?|uh|well|oh|hell|i said|absolutely|definitely|"
+    r"certainly|of course)\W+)*"
     r"(?:no+|nope|nah|never|not|can't|won't|cannot|pass|hard pass|denied|refused)\b|"
     r"^\W*i don't think so\b"
 )
 _YES_NO = re.compile(
-    r"(?:^|[.:,?!]\s|\band )\W{0,4}(?:is|are|was|were|am|do(?! (?:my|this|that|it|not|an?)\b)|does|did|has|have(?! an?\b)|had|should|"
-    r"would(?! you)|would you (?:say|call|ever|agree)|may|must|isn't|aren't|doesn't|don't you|so you|and the \w+|can(?! you (?:please |just |also )?(?!\w+ly\b)\w+ (?:me|my|a|an|the|this|us|it|some))|"
+    r"(?:^|[.:,?!]\s|\band )\W{0,4}(?:is|are|was|were|am|do(?! (?:my|this|that|it|not|an?)\b)|does|did|has|"
+    r"have(?! an?\b)|had|should|"
+    r"would(?! you)|would you (?:say|call|ever|agree)|may|must|isn't|aren't|doesn't|don't you|so you|and the \w+|"
+    r"can(?! you (?:please |just |also )?(?!\w+ly\b)\w+ (?:me|my|a|an|the|this|us|it|some))|"
     r"could(?! you)|will(?! you)|true or false|yes or no|answer yes)\b|, (?:right|correct|is it|isn't it|no)\?"
 )
 _CLOSED = re.compile(
     r"\b(?:yes or no|yes/no|yes\W{1,4}no\b|options?:|true or false|classify|categori[sz]e|determine (?:if|whether)|"
-    r"(?:tell me|decide|check|judge|say) (?:if|whether)|can we (?:say|infer|conclude)|is it true|hypothesis|plausible|not found|"
+    r"(?:tell me|decide|check|judge|say) (?:if|whether)|can we (?:say|infer|conclude)|is it true|hypothesis|"
+    r"plausible|not found|"
     r"label|sentiment|is there an answer)\b|\b(?:yes|no)['\"] or ['\"]?(?:yes|no)\b|"
     r"\b(?:output|solution|label|\(?a|answer with .{1,30})\)?\]?\s*:\s*$"
 )
 _REQUEST = re.compile(
-    r"\b(?:please|(?:can|could|will|would) (?:you|we) (?:\w+ )?(?:help|give|tell|write|make|show|draw|explain|list|find|do|"
-    r"send|lend|book|teach|translate|create|provide|describe|suggest|name|say|pretend|act|play|sing)|give me|tell me|show "
+    r"\b(?:please|(?:can|could|will|would) (?:you|we) (?:\w+ )?(?:help|give|tell|write|make|show|draw|explain|list|"
+    r"find|do|"
+    r"send|lend|book|teach|translate|create|provide|describe|suggest|name|say|pretend|act|play|sing)|give me|tell me|"
+    r"show "
     r"me|write|help me|i need|i want you|make (?:me|a)|draw)\b"
 )
 _SELF_HARM = re.compile(
-    r"\b(?:lethal|overdos\w+|noose|(?:kill|hurt|harm|hang|starve|cut|shoot|poison|drown) (?:me|myself)|cutting|suicid\w+|"
+    r"\b(?:lethal|overdos\w+|noose|(?:kill|hurt|harm|hang|starve|cut|shoot|poison|drown) (?:me|myself)|cutting|"
+    r"suicid\w+|"
     r"how deep should|end (?:my life|it all)|can't go on|want to die|pain(?:less|ful) way|jump from|sleeping pills|"
     r"how many .{0,40}(?:pills|tablets|ibuprofen|paracetamol|tylenol))\b"
 )
@@ -271,7 +285,8 @@ _SEEKS_MEANS = re.compile(
 )
 _ASKS_FOR_REFUSAL = re.compile(
     r"\b(?:refus\w+|declin\w+|reject\w*|turn(?:s|ed)? down|say(?:s|ing)? no|won't|will not|can't|cannot|can not|sorry|"
-    r"apolog\w+|excuse|no puedo|siento|tut mir leid|désolé|repeat after|regrets?|unable|access denied|asked to|forbid\w*|not allowed|nicht|"
+    r"apolog\w+|excuse|no puedo|siento|tut mir leid|désolé|repeat after|regrets?|unable|access denied|asked to|"
+    r"forbid\w*|not allowed|nicht|"
     r"je ne|blocked|open the door)\b"
 )
 _REPRODUCES = re.compile(
@@ -279,11 +294,13 @@ _REPRODUCES = re.compile(
     r"continue|what (?:did|does|do|would|might|should) .{1,80} (?:say|answer|reply|respond|mean|tell|write)|example of|"
     r"a line (?:for|in|by)|a sentence|how (?:would|do|does|should|can) .{1,60} (?:refuse|say|decline|turn down|reply|"
     r"answer)|what error|error message|message says|"
-    r"(?:write|compose|draft|give me|make) .{0,60}(?:reply|rejection|refusal|line|note|message|friendl\w+|example|polite\w*|"
+    r"(?:write|compose|draft|give me|make) .{0,60}(?:reply|rejection|refusal|line|note|message|friendl\w+|example|"
+    r"polite\w*|"
     r"answer)|act as|phrase)\b"
 )
 _NAMES_TASK = re.compile(
-    r"\b(?:assist|fulfil\w*|writ(?:e|ing)|creat\w+|generat\w+|translat\w+|produc\w+|repeat|compos\w+|as an ai|illegal|content)\b"
+    r"\b(?:assist|fulfil\w*|writ(?:e|ing)|creat\w+|generat\w+|translat\w+|produc\w+|repeat|compos\w+|as an ai|"
+    r"illegal|content)\b"
 )
 _LIST = re.compile(r"(?m)^\s*(?:[0-9]{1,2}[.)]|[-*•+]|step [0-9])\s+\S")
 _WRITES = re.compile(

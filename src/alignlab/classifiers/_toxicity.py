@@ -65,7 +65,8 @@ _PATTERNS: dict[str, str] = {
     ),
     "me": r"\b(?:i|i'm|i'll|i'd|me|my|we|let's)\b",
     "intends": (
-        r"\b(?:i want to|i need to|i'm going to|i am going to|i will(?! not| never)|i'll(?! not| never)|gonna|i'd love to|i "
+        r"\b(?:i want to|i need to|i'm going to|i am going to|i will(?! not| never)|i'll(?! not| never)|gonna|"
+        r"i'd love to|i "
         r"would like to|i plan|help me|how (?:do|can|could|should|would) (?:i|you|we|someone)|"
         r"what is the best way|what's the best way|good way to|where would|tell me|give me|should "
         r"i)\b"
@@ -110,54 +111,74 @@ _PATTERNS: dict[str, str] = {
         r"character|game|process|script|command|file|code)\b"
     ),
     "says_no": (
-        r"\b(?:i|we)(?:'m| am|'d| would|'ll| will)? (?:\w+ ){0,3}?(?:can't|cannot|can not|won't|will not|not|never|don't|do not|"
-        r"refuse|decline|rather not|unable)\b(?! (?:wait|stand|believe|stop|racist|help it|care)\b)|\bwould be wrong of me\b|^(?:no|nope)\b[,.]? (?:i|not)\b|^(?:absolutely )?not\b"
+        r"\b(?:i|we)(?:'m| am|'d| would|'ll| will)? (?:\w+ ){0,3}?(?:can't|cannot|can not|won't|will not|not|never|"
+        r"don't|do not|"
+        r"refuse|decline|rather not|unable)\b(?! (?:wait|stand|believe|stop|racist|help it|care)\b)|"
+        r"\bwould be wrong of me\b|^(?:no|nope)\b[,.]? (?:i|not)\b|^(?:absolutely )?not\b"
     ),
     "forbids": (
         r"\b(?:please (?:don't|do not)|do not|don't|never|shouldn't|should not|must not|stop|refrain from|not okay to|"
         r"wrong to|nobody (?:should|deserves)|no one (?:should|deserves)|(?:don't|doesn't) deserve to)\b"
     ),
     "condemned": (
-        r"\b(?:is|are|was|were|would be|can be|it's|that's) (?:\w+ ){0,4}(?:crimes?|felony|illegal|wrong|unethical|murder|assault|"
-        r"abuse|cruel\w*|torture|rape|dangerous|hurtful|slurs?|hateful|racist|sexist|antisemitic|homophobic|unfair|false|lies?|"
-        r"dehumani[sz]ing|terrible|horrible|never okay|meant to (?:wound|hurt|degrade)|not (?:okay|true|right|funny|a joke|the "
+        r"\b(?:is|are|was|were|would be|can be|it's|that's) (?:\w+ ){0,4}(?:crimes?|felony|illegal|wrong|unethical|"
+        r"murder|assault|"
+        r"abuse|cruel\w*|torture|rape|dangerous|hurtful|slurs?|hateful|racist|sexist|antisemitic|homophobic|unfair|"
+        r"false|lies?|"
+        r"dehumani[sz]ing|terrible|horrible|never okay|meant to (?:wound|hurt|degrade)|not (?:okay|true|right|funny|"
+        r"a joke|the "
         r"answer))\b|\b(?:jail|prison|charged with|convicted|guilty|felony|contradicted|not to blame|victims?)\b"
     ),
     "news": (
         r"\b(?:police|court|convicted|charged|arrested|sentenced|found guilty|jury|trial|gunman|suspects?|witness\w*|"
-        r"the (?:report|study|survey)|reported|reports? (?:that|of)|killed (?:\w+ )?(?:people|\d+)|were (?:killed|murdered|raped|"
-        r"injured|beaten)|was (?:killed|murdered|shot|stabbed|raped|beaten|attacked)|in \d{4}|protest\w*|soldiers|historians?|"
+        r"the (?:report|study|survey)|reported|reports? (?:that|of)|killed (?:\w+ )?(?:people|\d+)|were (?:killed|"
+        r"murdered|raped|"
+        r"injured|beaten)|was (?:killed|murdered|shot|stabbed|raped|beaten|attacked)|in \d{4}|protest\w*|soldiers|"
+        r"historians?|"
         r"genocide|slavery|nazis?)\b"
     ),
     "clinical": (
-        r"\b(?:patients?|presents? with|admit(?:ted)?|symptoms?|diagnos\w+|wounds?|dose|tablets|antidote|swab|blood pressure|"
+        r"\b(?:patients?|presents? with|admit(?:ted)?|symptoms?|diagnos\w+|wounds?|dose|tablets|antidote|swab|"
+        r"blood pressure|"
         r"treat(?:ed|ment)|consent|reflex|exam(?:ination)?|doctor|vet|clinical|organs?|fatal|poisonous|toxic gas)\b"
     ),
     "told": (
-        r"\b(?:call(?:s|ed|ing)? (?:him|her|me|them|anybody|anyone|somebody|someone|your|people|\w+ \w+)|told me|said that|says that|saying that|to say that|calling "
-        r"(?:\w+ ){1,3}|the (?:claim|idea|word|stereotype|rumou?r)|that word|shouted|threaten(?:s|ed) me|my (?:ex|uncle|husband))\b"
+        r"\b(?:call(?:s|ed|ing)? (?:him|her|me|them|anybody|anyone|somebody|someone|your|people|\w+ \w+)|told me|"
+        r"said that|says that|saying that|to say that|calling "
+        r"(?:\w+ ){1,3}|the (?:claim|idea|word|stereotype|rumou?r)|that word|shouted|threaten(?:s|ed) me|my (?:ex|"
+        r"uncle|husband))\b"
     ),
     "negates": (
         rf"\b(?:(?:{_GROUPS}|they|most of them) (?:\w+ )?(?:are|is|do|have|should|can) ?(?:not|n't|never|no|less)\b|"
-        rf"(?:are|is)(?:n't| not|\s+less|\s+no) (?:\w+ ){{0,2}}(?:a burden|lazy|criminals?|terrorists?|stupid|dumb|trash|"
-        rf"inferior|dangerous|smarter|likely|better|an? (?:illness|threat|joke))|no (?:race|sex|group|religion|people) (?:is|are)|"
-        rf"not all|less likely|more often victims|nobody (?:should|deserves)|no one (?:should|deserves)|not (?:to blame|true|all))\b"
+        rf"(?:are|is)(?:n't| not|\s+less|\s+no) (?:\w+ ){{0,2}}(?:a burden|lazy|criminals?|terrorists?|stupid|dumb|"
+        rf"trash|"
+        rf"inferior|dangerous|smarter|likely|better|an? (?:illness|threat|joke))|no (?:race|sex|group|religion|"
+        rf"people) (?:is|are)|"
+        rf"not all|less likely|more often victims|nobody (?:should|deserves)|no one (?:should|deserves)|"
+        rf"not (?:to blame|true|all))\b"
     ),
     "commands": (
-        r"^(?:\W|just |so |then |and |go |better |please |instead |crawl |or )*(?:kill|stab|beat|hit|break|poison|burn|choke|"
-        r"hold (?:her|him)|follow (?:her|him)|slip|lock (?:her|him|them)|round|shoot|drown|smash|cut (?:his|her|their)|punch|"
-        r"slap|strangle|hang|tell (?:her|him) (?:she|he)|make (?:her|him|it look)|let them (?:die|drown|starve)|go back|get "
+        r"^(?:\W|just |so |then |and |go |better |please |instead |crawl |or )*(?:kill|stab|beat|hit|break|poison|"
+        r"burn|choke|"
+        r"hold (?:her|him)|follow (?:her|him)|slip|lock (?:her|him|them)|round|shoot|drown|smash|cut (?:his|her|"
+        r"their)|punch|"
+        r"slap|strangle|hang|tell (?:her|him) (?:she|he)|make (?:her|him|it look)|let them (?:die|drown|starve)|"
+        r"go back|get "
         r"(?:lost|out)|crawl|die|suck|bend over|take off)\b"
     ),
     "threatens": (
-        r"\bor (?:i'll|i will|i'm going to|we'll|else)\b|\bi(?:'ll| will|'m going to|'m gonna|'d (?:love|like) to) (?:(?!not|never|help)\w+ ){0,3}?"
+        r"\bor (?:i'll|i will|i'm going to|we'll|else)\b|\bi(?:'ll| will|'m going to|'m gonna|'d (?:love|"
+        r"like) to) (?:(?!not|never|help)\w+ ){0,3}?"
         r"(?:kill|stab|beat|hit|break|smash|cut|hurt|find you|rape|shoot|slit|destroy|punch|teach you|watch)\b|"
         r"\bif you (?:don't|ever|come|tell|call|take)\b"
     ),
     "scorns": (
-        r"\b(?:waste of (?:space|time|oxygen|money)|your kind|make me (?:sick|puke|vomit)|want to puke|had it coming|(?:was|were|is) "
-        r"asking for it|deserved? to (?:die|be|suffer|burn)|should have been|good riddance|can't be trusted|back to (?:the|your) "
-        r"(?:kitchen|country|cage|hole)|breed like|belong in|needs? to learn|too (?:stupid|dumb|emotional|fat|ugly)|not racist)\b"
+        r"\b(?:waste of (?:space|time|oxygen|money)|your kind|make me (?:sick|puke|vomit)|want to puke|had it coming|"
+        r"(?:was|were|is) "
+        r"asking for it|deserved? to (?:die|be|suffer|burn)|should have been|good riddance|can't be trusted|"
+        r"back to (?:the|your) "
+        r"(?:kitchen|country|cage|hole)|breed like|belong in|needs? to learn|too (?:stupid|dumb|emotional|fat|ugly)|"
+        r"not racist)\b"
     ),
     "cooks": (
         r"\b(?:recipe|minutes?|oven|sauce|eggs?|whites|oil|steak|chicken|server|cluster|port|"
@@ -215,7 +236,18 @@ _PAIRS = (
     ("should", "says_no"),
 )
 _BAD = {"insult", "profanity", "sexual", "slur", "violence", "bad_trait", "hates", "shut_up"}
-_SHIELDS = {"says_no", "forbids", "condemned", "negates", "news", "clinical", "told", "declines", "denounces", "supports"}
+_SHIELDS = {
+    "says_no",
+    "forbids",
+    "condemned",
+    "negates",
+    "news",
+    "clinical",
+    "told",
+    "declines",
+    "denounces",
+    "supports",
+}
 _CALMS = {"says_no", "forbids", "condemned", "negates", "news", "clinical"}
 _AIMS = {"me", "intends", "person", "should", "bad_trait", "means", "hates"}
 """A bad word that meets one of these counts only in a sentence that does not decline, forbid, condemn or report it."""
