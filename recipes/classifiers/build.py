@@ -36,7 +36,7 @@ LATER = {"refusal": "indirect", "toxicity": "harm named"}
 """Our own texts about what the first version got wrong, measured apart: terse or indirect refusals and what looks like
 them; refusals, warnings and news that name harm, and insults that sound like refusals."""
 LATER_WEIGHT = {"refusal": 0.5, "toxicity": 0.25}
-"""What a text of that second set counts in training, so that it does not outvote real text; chosen like `PENALTIES`."""
+"""What a text of that second set counts in training, so that it does not outvote real text; see docs/safety.md."""
 EMPHASIS = {"refusal": 1.0, "toxicity": 1.25}
 """What the positive class weighs against the negative one; it moves recall against precision at one half."""
 BOOTSTRAPS = 1000
