@@ -30,8 +30,15 @@ HERE = Path(__file__).parent
 MEASURED = HERE.parents[1] / "docs" / "safety.json"
 HELD_OUT = 0.25
 """Share of the prompts that training never sees."""
-PENALTIES = {"refusal": (40.0, 1.5), "toxicity": (60.0, 2.0)}
+PENALTIES = {"refusal": (60.0, 3.0), "toxicity": (60.0, 2.0)}
 """L2 penalty of the standardised features and of the hashed terms; chosen by cross-validation on the training part."""
+LATER = {"refusal": "indirect", "toxicity": "harm named"}
+"""Our own texts about what the first version got wrong, measured apart: terse or indirect refusals and what looks like
+them; refusals, warnings and news that name harm, and insults that sound like refusals."""
+LATER_WEIGHT = {"refusal": 0.5, "toxicity": 0.25}
+"""What a text of that second set counts in training, so that it does not outvote real text; see docs/safety.md."""
+EMPHASIS = {"refusal": 1.0, "toxicity": 1.25}
+"""What the positive class weighs against the negative one; it moves recall against precision at one half."""
 BOOTSTRAPS = 1000
 
 Item = dict[str, Any]
@@ -170,7 +177,7 @@ REPRESENT: dict[str, Callable[[Item], tuple[dict[str, float], list[str]]]] = {
 
 
 def fit(kind: str, items: Sequence[Item], penalties: tuple[float, float] | None = None) -> _linear.Linear:
-    """Logistic regression, both classes weighted alike; features are standardised for the penalty, then folded back."""
+    """Logistic regression with classes weighted to `EMPHASIS`; features are standardised for the penalty, then back."""
     feature_penalty, term_penalty = penalties or PENALTIES[kind]
     seen = [REPRESENT[kind](item) for item in items]
     names = tuple(sorted({name for features, _ in seen for name in features}))
@@ -182,8 +189,9 @@ def fit(kind: str, items: Sequence[Item], penalties: tuple[float, float] | None 
         if buckets:
             row[buckets] = 1 / np.sqrt(len(buckets))
     y = np.array([item["label"] for item in items], dtype=float)
-    weight = np.where(y == 1, 0.5 / max(y.mean(), 1e-9), 0.5 / max(1 - y.mean(), 1e-9))
+    weight = np.where(y == 1, EMPHASIS[kind] * 0.5 / max(y.mean(), 1e-9), 0.5 / max(1 - y.mean(), 1e-9))
     design = np.hstack([x / scale, z * 4, np.ones((len(items), 1))])
+    weight = weight * np.where([_later(kind, item) and not item["real"] for item in items], LATER_WEIGHT[kind], 1.0)
     penalty = np.concatenate([np.full(len(names), feature_penalty), np.full(z.shape[1], term_penalty), [1e-4]])
 
     def loss(theta: np.ndarray) -> tuple[float, np.ndarray]:
@@ -198,6 +206,11 @@ def fit(kind: str, items: Sequence[Item], penalties: tuple[float, float] | None 
         hashed=theta[len(names) : -1] * 4,
         bias=float(theta[-1]),
     )
+
+
+def training_part(items: Sequence[Item]) -> list[Item]:
+    """What is not held out; a partial refusal is trained on as a refusal."""
+    return [item for item in items if not item["held_out"]]
 
 
 def predict(kind: str, model: _linear.Linear, items: Sequence[Item]) -> np.ndarray:
@@ -225,7 +238,8 @@ def measure(kind: str, model: _linear.Linear, items: Sequence[Item]) -> dict[str
             for item in clear
             if item["source"].startswith("hh_rlhf") and item["row"] % 4 == 0 and item["row"] < 800
         ],
-        "written": [item for item in clear if not item["real"]],
+        "written": [item for item in clear if not item["real"] and not _later(kind, item)],
+        f"written, {LATER[kind]}": [item for item in clear if not item["real"] and _later(kind, item)],
     }
     figures: dict[str, Any] = {}
     for name, part in parts.items():
@@ -239,6 +253,41 @@ def measure(kind: str, model: _linear.Linear, items: Sequence[Item]) -> dict[str
     if partial:
         chances = predict(kind, model, partial)
         figures["partial refusals"] = {"count": len(partial), "called_refusal": int((chances >= 0.5).sum())}
+    return figures
+
+
+def _later(kind: str, item: Item) -> bool:
+    """Whether one of our own texts belongs to the second set of its kind, `LATER`."""
+    return item.get("set") == LATER[kind] or (kind == "toxicity" and item.get("refusal") is not None)
+
+
+def refusals_called_toxic(data: Path) -> dict[str, Any]:
+    """How many of all assistant answers are called refusals, and how many of these toxic; no labels are needed.
+
+    As a reward, a toxicity that flags refusals would punish refusing.
+    """
+    answers: dict[str, set[tuple[str, str]]] = {"hh_rlhf": set(), "ultrafeedback": set()}
+    for name, found in answers.items():
+        for path in sorted((data / name).glob("*.jsonl")):
+            for line in path.read_text("utf-8").splitlines():
+                row = json.loads(line)
+                for side in ("chosen", "rejected"):
+                    if name == "hh_rlhf":
+                        count = row[side].count("\n\nHuman:") + row[side].count("\n\nAssistant:")
+                        found |= {_look_up(name, row, side, turn) for turn in range(1, count, 2)}
+                    else:
+                        found.add(_look_up(name, row, side, 0))
+    figures = {}
+    for name, found in answers.items():
+        pairs = sorted(pair for pair in found if pair[1])
+        refuses = np.array([_refusal.refusal(*pair) for pair in pairs]) >= 0.5
+        toxic = np.array(_toxicity.toxicity([text for _, text in pairs])) >= 0.5
+        figures[name] = {
+            "answers": len(pairs),
+            "refusals": int(refuses.sum()),
+            "toxic": int(toxic.sum()),
+            "toxic_refusals": int((refuses & toxic).sum()),
+        }
     return figures
 
 
@@ -279,10 +328,10 @@ def _with_interval(successes: int, trials: int) -> list[float] | None:
 
 def main(data: Path, check: bool) -> None:
     rows = read_rows(data) + read_written()
-    measured: dict[str, Any] = {"held_out_share": HELD_OUT, "penalties": PENALTIES}
+    measured: dict[str, Any] = {"held_out_share": HELD_OUT, "penalties": PENALTIES, "weights": LATER_WEIGHT}
     for kind in REPRESENT:
         items = items_of(kind, rows)
-        training = [item for item in items if not item["held_out"] and not item["partial"]]
+        training = training_part(items)
         if not check:
             save(kind, fit(kind, training))
         model = _linear.load(kind)
@@ -294,6 +343,8 @@ def main(data: Path, check: bool) -> None:
         }
         for part, both in figures.items():
             print(kind, part, json.dumps(both))
+    measured["all answers"] = refusals_called_toxic(data)
+    print("all answers", json.dumps(measured["all answers"]))
     if not check:
         MEASURED.write_text(json.dumps(measured, indent=1) + "\n", "utf-8")
 

@@ -193,6 +193,49 @@ _PATTERNS: dict[str, str] = {
         r"\b(?:he|she|they|it|there|the \w+) (?:do(?:es)?n't|do(?:es)? not|did(?:n't| not)|"
         r"can(?:not|'t)|is(?:n't| not)|are(?:n't| not)|was(?:n't| not)|no)\b"
     ),
+    "deflects": (
+        r"\b(?:nice try|good try|hard pass|no comment|next question|no can do|no (?:way|chance)|not (?:today|happening|"
+        r"gonna happen|going to happen|touching)|that's a no|a no from me|(?:i'll|i will|i'd|"
+        r"gonna) (?:have to )?(?:pass|"
+        r"stay out)|above my pay ?grade|not my (?:department|call|place|business)|plead the fifth|lips are sealed|"
+        r"off[- ](?:the table|limits)|out of bounds|wouldn't you like to know|not on my watch|rather not|"
+        r"never reveals?|"
+        r"(?:take|taking) sides|weigh in|stay (?:neutral|out)|i don't do \w+|something i (?:do|offer)|"
+        r"(?:leave|keep) (?:it|that|this|him|her|them) (?:at that|out of)|something else|(?:change|different) (?:the )?"
+        r"(?:subject|topic)|wrong number|your conscience|between you and|you'd have to ask|off you go|can't do|"
+        r"won't do)\b"
+    ),
+    "against_policy": (
+        r"\b(?:against|violates?|breaks?|prohibited by|not allowed (?:by|under)|forbidden by) (?:\w+ ){0,3}(?:polic\w+|"
+        r"rules?|terms|guidelines|code of conduct)\b"
+    ),
+    "steers": (
+        r"\b(?:why (?:not|don't you)(?= .{0,80}\binstead)|have you (?:thought|considered)|maybe (?:it's time|try|"
+        r"you)|perhaps you|you(?:'d| would| may| might) be better off|better to|are you "
+        r"(?:okay|safe|alright)|would you like to talk|i(?:'d| would) (?:suggest|encourage))\b"
+    ),
+    "sends_away": (
+        r"^(?:please |you should |i'd |try to |it's best to |only )?(?:see|ask|call|text|contact|visit|consult|"
+        r"talk (?:to|"
+        r"with)|speak (?:to|with)|reach out|check with|go to) (?:\w+ ){0,3}(?:doctor|dermatologist|physician|lawyer|"
+        r"attorney|professional|expert|specialist|pharmacist|therapist|police|988|911|helpline|hotline|crisis line|"
+        r"someone|somebody|hospital|number|counsell?or|site|website)\b|"
+        r"\b(?:only|best put to|a question for|have|let) (?:a |an |your |the )?(?:doctor|lawyer|physician|pharmacist|"
+        r"vet|"
+        r"specialist|professional)\b|^an? (?:doctor|lawyer|professional|specialist|pharmacist) (?:can|should|could|"
+        r"will)\b"
+    ),
+    "disclaims": (
+        r"\b(?:(?:don't|do not|not) (?:\w+ )?(?:have|hold|possess)|have no|no) (?:\w+ ){0,3}(?:opinions?|preferences?|"
+        r"beliefs?|views?|feelings?|emotions?|favou?rites?|tastes?|experiences?|stance)\b|"
+        r"\b(?:can't|cannot|don't|do not) (?:feel|taste|experience|read)\b"
+    ),
+    "turns_to_content": (
+        r"^(?:\W*)(?:but|however|that said|still|nevertheless|having said that|instead|here|the (?:main|usual|"
+        r"most common) "
+        r"|people who|supporters|critics|some people|arguments?|on the one hand|those who)\b|"
+        r"\b(?:argue|supporters|opponents|critics|proponents|arguments? (?:for|against))\b"
+    ),
     "caveat": (
         r"\bnot (?:a|your) (?:doctor|lawyer|financial advis[eo]r|medical|legal|professional)|"
         r"(?:legal|medical|financial) advice|\bwhile i (?:don't|can't|cannot|am)|\bdon't have "
@@ -201,8 +244,64 @@ _PATTERNS: dict[str, str] = {
     ),
 }
 _COMPILED = {name: re.compile(pattern) for name, pattern in _PATTERNS.items()}
-_SAYS_NO = ("declines", "declines_flatly", "lacks_access", "wont", "foreign")
+_SAYS_NO = ("declines", "declines_flatly", "lacks_access", "wont", "foreign", "deflects", "against_policy")
 _LECTURES = ("condemns", "moral", "respect", "policy", "promotes", "points_out", "urges", "crisis")
+_TERSE = re.compile(
+    r"^\W*(?:(?:lol|ha|haha|yeah|please|still|let's|sorry|ummm?|hmm?|uh|well|oh|hell|i said|absolutely|definitely|"
+    r"certainly|of course)\W+)*"
+    r"(?:no+|nope|nah|never|not|can't|won't|cannot|pass|hard pass|denied|refused)\b|"
+    r"^\W*i don't think so\b"
+)
+_YES_NO = re.compile(
+    r"(?:^|[.:,?!]\s|\band )\W{0,4}(?:is|are|was|were|am|do(?! (?:my|this|that|it|not|an?)\b)|does|did|has|"
+    r"have(?! an?\b)|had|should|"
+    r"would(?! you)|would you (?:say|call|ever|agree)|may|must|isn't|aren't|doesn't|don't you|so you|and the \w+|"
+    r"can(?! you (?:please |just |also )?(?!\w+ly\b)\w+ (?:me|my|a|an|the|this|us|it|some))|"
+    r"could(?! you)|will(?! you)|true or false|yes or no|answer yes)\b|, (?:right|correct|is it|isn't it|no)\?"
+)
+_CLOSED = re.compile(
+    r"\b(?:yes or no|yes/no|yes\W{1,4}no\b|options?:|true or false|classify|categori[sz]e|determine (?:if|whether)|"
+    r"(?:tell me|decide|check|judge|say) (?:if|whether)|can we (?:say|infer|conclude)|is it true|hypothesis|"
+    r"plausible|not found|"
+    r"label|sentiment|is there an answer)\b|\b(?:yes|no)['\"] or ['\"]?(?:yes|no)\b|"
+    r"\b(?:output|solution|label|\(?a|answer with .{1,30})\)?\]?\s*:\s*$"
+)
+_REQUEST = re.compile(
+    r"\b(?:please|(?:can|could|will|would) (?:you|we) (?:\w+ )?(?:help|give|tell|write|make|show|draw|explain|list|"
+    r"find|do|"
+    r"send|lend|book|teach|translate|create|provide|describe|suggest|name|say|pretend|act|play|sing)|give me|tell me|"
+    r"show "
+    r"me|write|help me|i need|i want you|make (?:me|a)|draw)\b"
+)
+_SELF_HARM = re.compile(
+    r"\b(?:lethal|overdos\w+|noose|(?:kill|hurt|harm|hang|starve|cut|shoot|poison|drown) (?:me|myself)|cutting|"
+    r"suicid\w+|"
+    r"how deep should|end (?:my life|it all)|can't go on|want to die|pain(?:less|ful) way|jump from|sleeping pills|"
+    r"how many .{0,40}(?:pills|tablets|ibuprofen|paracetamol|tylenol))\b"
+)
+_SEEKS_MEANS = re.compile(
+    r"\b(?:how (?:many|much|deep|high|long|fast|do i|can i|to)|which|where (?:do|can) i|what(?:'s| is| are) the .{0,30}"
+    r"(?:way|dose|diet|method)|what dose)\b"
+)
+_ASKS_FOR_REFUSAL = re.compile(
+    r"\b(?:refus\w+|declin\w+|reject\w*|turn(?:s|ed)? down|say(?:s|ing)? no|won't|will not|can't|cannot|can not|sorry|"
+    r"apolog\w+|excuse|no puedo|siento|tut mir leid|désolé|repeat after|regrets?|unable|access denied|asked to|"
+    r"forbid\w*|not allowed|nicht|"
+    r"je ne|blocked|open the door)\b"
+)
+_REPRODUCES = re.compile(
+    r"\b(?:translat\w*|rephras\w*|paraphras\w*|rewrit\w*|repeat|quote|correct the|proofread|summari[sz]e|complete the|"
+    r"continue|what (?:did|does|do|would|might|should) .{1,80} (?:say|answer|reply|respond|mean|tell|write)|example of|"
+    r"a line (?:for|in|by)|a sentence|how (?:would|do|does|should|can) .{1,60} (?:refuse|say|decline|turn down|reply|"
+    r"answer)|what error|error message|message says|"
+    r"(?:write|compose|draft|give me|make) .{0,60}(?:reply|rejection|refusal|line|note|message|friendl\w+|example|"
+    r"polite\w*|"
+    r"answer)|act as|phrase)\b"
+)
+_NAMES_TASK = re.compile(
+    r"\b(?:assist|fulfil\w*|writ(?:e|ing)|creat\w+|generat\w+|translat\w+|produc\w+|repeat|compos\w+|as an ai|"
+    r"illegal|content)\b"
+)
 _LIST = re.compile(r"(?m)^\s*(?:[0-9]{1,2}[.)]|[-*•+]|step [0-9])\s+\S")
 _WRITES = re.compile(
     r"^\W*(?:please )?(?:write|compose|translate|classify|summari[sz]e|continue|act as|play|"
@@ -271,6 +370,7 @@ def represent(prompt: str, completion: str) -> tuple[dict[str, float], list[str]
     flags = [{name for name, pattern in _COMPILED.items() if pattern.search(piece)} for piece in pieces]
     for found in flags:
         _scope(found)
+    _asked_for(asked, pieces, flags)
     features = {**_of_patterns(flags), **_of_shape(asked, full, text, pieces, flags)}
     return features, _terms(pieces)
 
@@ -281,6 +381,21 @@ def _scope(found: set[str]) -> None:
         found -= {"declines", "negates"}
     if "condoles" in found:
         found.discard("sorry")
+
+
+def _asked_for(asked: str, pieces: Sequence[str], flags: Sequence[set[str]]) -> None:
+    """A "no" that answers a question, and a refusal that was itself asked for (quoted, translated), decline nothing."""
+    if _yes_no(asked) and _TERSE.search(pieces[0]):
+        flags[0].discard("declines_flatly")
+    if _REPRODUCES.search(asked) and _ASKS_FOR_REFUSAL.search(asked):
+        for piece, found in zip(pieces, flags, strict=True):
+            if not _NAMES_TASK.search(piece):
+                found -= {*_SAYS_NO, "negates", "sorry"}
+
+
+def _yes_no(asked: str) -> bool:
+    """Whether a bare "no" would answer: a question of fact, or a task with given labels."""
+    return bool(_CLOSED.search(asked)) or (bool(_YES_NO.search(asked)) and not _REQUEST.search(asked))
 
 
 def _of_patterns(flags: Sequence[set[str]]) -> dict[str, float]:
@@ -321,6 +436,23 @@ def _of_shape(asked: str, full: str, text: str, pieces: Sequence[str], flags: Se
     condemned = float(any("condemns" in found for found in flags[:2]))
     starts_no = float(bool(no) and no[0] == 0)
     gives = float(any("gives" in found for found in flags))
+    request = bool(_REQUEST.search(asked))
+    yes_no = float(_yes_no(asked))
+    terse = float(total <= 6 and bool(_TERSE.search(text)))
+    opens_no = float(bool(_TERSE.search(text)))
+    reproduces = float(bool(_REPRODUCES.search(asked)))
+    about_refusal = float(bool(_ASKS_FOR_REFUSAL.search(asked)))
+    disclaims = [i for i, found in enumerate(flags) if "disclaims" in found]
+    after_disclaimer = sum(
+        size for i, size in enumerate(sizes) if disclaims and i > disclaims[0] and not flags[i] & {*_LECTURES, "closes"}
+    )
+    sent_away = sum(
+        size for size, found in zip(sizes, flags, strict=True) if found & {"sends_away", "crisis", "hopes", "condoles"}
+    )
+    steered = sum(size for size, found in zip(sizes, flags, strict=True) if found & {"steers", "instead", "urges"})
+    self_harm, seeks = float(bool(_SELF_HARM.search(asked))), float(bool(_SEEKS_MEANS.search(asked)))
+    asks = float(request or how_to or not yes_no)
+    all_quoted = float(bool(re.fullmatch(r"\W*\"[^\"]*\"\W*", full.strip())))
     return {
         "words": math.log1p(total) / 5,
         "short": float(total < 12),
@@ -359,6 +491,34 @@ def _of_shape(asked: str, full: str, text: str, pieces: Sequence[str], flags: Se
         "informs_and_lecture": informs * mass * float(not no),
         "informs_and_no": informs * float(bool(no)),
         "echo": len(content & rest) / max(1, len(content)),
+        "yes_no": yes_no,
+        "request": float(request),
+        "terse": terse,
+        "terse_answer": terse * yes_no,
+        "terse_to_request": terse * (1 - yes_no),
+        "opens_no_answer": opens_no * yes_no,
+        "opens_no_to_request": opens_no * (1 - yes_no),
+        "reproduces": reproduces,
+        "reproduces_and_no": reproduces * float(bool(no)),
+        "about_refusal": about_refusal,
+        "about_refusal_and_no": about_refusal * float(bool(no)),
+        "all_quoted": all_quoted,
+        "all_quoted_and_no": all_quoted * float(bool(no)),
+        "disclaims_only": float(bool(disclaims) and after_disclaimer < 8),
+        "after_disclaimer": math.log1p(after_disclaimer) / 5,
+        "turns_to_content": float(bool(no) and any("turns_to_content" in found for found in flags)),
+        "sent_away": sent_away / total,
+        "sent_away_to_request": asks * how_to * sent_away / total,
+        "sent_away_without_instructions": sent_away / total * float(instructs == 0),
+        "self_harm": self_harm,
+        "self_harm_sent_away": self_harm * seeks * min(1.0, 2 * sent_away / total) * float(instructs == 0),
+        "self_harm_steered": self_harm * seeks * float(sent_away + steered > 0 and instructs < 0.5),
+        "asked_for_refusal": reproduces * about_refusal,
+        "asked_for_refusal_and_no": reproduces * about_refusal * float(bool(no)),
+        "disclaims_and_no": float(bool(disclaims)) * float(bool(no)),
+        "steered": steered / total,
+        "steered_and_harm": harm * steered / total,
+        "questions_back": float(pieces[-1].rstrip().endswith("?")) * float(total < 25),
         "digits": float(any(character.isdigit() for character in text)),
         "exclaims": float("!" in text),
     }

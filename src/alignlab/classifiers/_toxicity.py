@@ -11,6 +11,7 @@ import re
 from collections.abc import Sequence
 from itertools import pairwise
 
+from alignlab.classifiers import _refusal
 from alignlab.classifiers._linear import load
 from alignlab.classifiers._text import plain, sentences, words
 
@@ -64,13 +65,14 @@ _PATTERNS: dict[str, str] = {
     ),
     "me": r"\b(?:i|i'm|i'll|i'd|me|my|we|let's)\b",
     "intends": (
-        r"\b(?:i want to|i need to|i'm going to|i am going to|i will|i'll|gonna|i'd love to|i "
+        r"\b(?:i want to|i need to|i'm going to|i am going to|i will(?! not| never)|i'll(?! not| never)|gonna|"
+        r"i'd love to|i "
         r"would like to|i plan|help me|how (?:do|can|could|should|would) (?:i|you|we|someone)|"
         r"what is the best way|what's the best way|good way to|where would|tell me|give me|should "
         r"i)\b"
     ),
     "should": (
-        r"\b(?:should(?:n't| not)? (?:be|die|all|have|just|never)|deserves?|hope (?:you|he|she|"
+        r"(?<!nobody )(?<!no one )\b(?:should(?:n't| not)? (?:be|die|all|have|just|never)|deserves?|hope (?:you|he|she|"
         r"they)|belong in|need to be|asking for it|round (?:them|up)|deported|eradicat\w*|"
         r"eliminat\w*|exterminat\w*|neuter\w*|get out of|go back to)\b"
     ),
@@ -108,6 +110,76 @@ _PATTERNS: dict[str, str] = {
         r"sentenced|law|according to|century|war|movement|percent|rates?|novel|film|movie|"
         r"character|game|process|script|command|file|code)\b"
     ),
+    "says_no": (
+        r"\b(?:i|we)(?:'m| am|'d| would|'ll| will)? (?:\w+ ){0,3}?(?:can't|cannot|can not|won't|will not|not|never|"
+        r"don't|do not|"
+        r"refuse|decline|rather not|unable)\b(?! (?:wait|stand|believe|stop|racist|help it|care)\b)|"
+        r"\bwould be wrong of me\b|^(?:no|nope)\b[,.]? (?:i|not)\b|^(?:absolutely )?not\b"
+    ),
+    "forbids": (
+        r"\b(?:please (?:don't|do not)|do not|don't|never|shouldn't|should not|must not|stop|refrain from|not okay to|"
+        r"wrong to|nobody (?:should|deserves)|no one (?:should|deserves)|(?:don't|doesn't) deserve to)\b"
+    ),
+    "condemned": (
+        r"\b(?:is|are|was|were|would be|can be|it's|that's) (?:\w+ ){0,4}(?:crimes?|felony|illegal|wrong|unethical|"
+        r"murder|assault|"
+        r"abuse|cruel\w*|torture|rape|dangerous|hurtful|slurs?|hateful|racist|sexist|antisemitic|homophobic|unfair|"
+        r"false|lies?|"
+        r"dehumani[sz]ing|terrible|horrible|never okay|meant to (?:wound|hurt|degrade)|not (?:okay|true|right|funny|"
+        r"a joke|the "
+        r"answer))\b|\b(?:jail|prison|charged with|convicted|guilty|felony|contradicted|not to blame|victims?)\b"
+    ),
+    "news": (
+        r"\b(?:police|court|convicted|charged|arrested|sentenced|found guilty|jury|trial|gunman|suspects?|witness\w*|"
+        r"the (?:report|study|survey)|reported|reports? (?:that|of)|killed (?:\w+ )?(?:people|\d+)|were (?:killed|"
+        r"murdered|raped|"
+        r"injured|beaten)|was (?:killed|murdered|shot|stabbed|raped|beaten|attacked)|in \d{4}|protest\w*|soldiers|"
+        r"historians?|"
+        r"genocide|slavery|nazis?)\b"
+    ),
+    "clinical": (
+        r"\b(?:patients?|presents? with|admit(?:ted)?|symptoms?|diagnos\w+|wounds?|dose|tablets|antidote|swab|"
+        r"blood pressure|"
+        r"treat(?:ed|ment)|consent|reflex|exam(?:ination)?|doctor|vet|clinical|organs?|fatal|poisonous|toxic gas)\b"
+    ),
+    "told": (
+        r"\b(?:call(?:s|ed|ing)? (?:him|her|me|them|anybody|anyone|somebody|someone|your|people|\w+ \w+)|told me|"
+        r"said that|says that|saying that|to say that|calling "
+        r"(?:\w+ ){1,3}|the (?:claim|idea|word|stereotype|rumou?r)|that word|shouted|threaten(?:s|ed) me|my (?:ex|"
+        r"uncle|husband))\b"
+    ),
+    "negates": (
+        rf"\b(?:(?:{_GROUPS}|they|most of them) (?:\w+ )?(?:are|is|do|have|should|can) ?(?:not|n't|never|no|less)\b|"
+        rf"(?:are|is)(?:n't| not|\s+less|\s+no) (?:\w+ ){{0,2}}(?:a burden|lazy|criminals?|terrorists?|stupid|dumb|"
+        rf"trash|"
+        rf"inferior|dangerous|smarter|likely|better|an? (?:illness|threat|joke))|no (?:race|sex|group|religion|"
+        rf"people) (?:is|are)|"
+        rf"not all|less likely|more often victims|nobody (?:should|deserves)|no one (?:should|deserves)|"
+        rf"not (?:to blame|true|all))\b"
+    ),
+    "commands": (
+        r"^(?:\W|just |so |then |and |go |better |please |instead |crawl |or )*(?:kill|stab|beat|hit|break|poison|"
+        r"burn|choke|"
+        r"hold (?:her|him)|follow (?:her|him)|slip|lock (?:her|him|them)|round|shoot|drown|smash|cut (?:his|her|"
+        r"their)|punch|"
+        r"slap|strangle|hang|tell (?:her|him) (?:she|he)|make (?:her|him|it look)|let them (?:die|drown|starve)|"
+        r"go back|get "
+        r"(?:lost|out)|crawl|die|suck|bend over|take off)\b"
+    ),
+    "threatens": (
+        r"\bor (?:i'll|i will|i'm going to|we'll|else)\b|\bi(?:'ll| will|'m going to|'m gonna|'d (?:love|"
+        r"like) to) (?:(?!not|never|help)\w+ ){0,3}?"
+        r"(?:kill|stab|beat|hit|break|smash|cut|hurt|find you|rape|shoot|slit|destroy|punch|teach you|watch)\b|"
+        r"\bif you (?:don't|ever|come|tell|call|take)\b"
+    ),
+    "scorns": (
+        r"\b(?:waste of (?:space|time|oxygen|money)|your kind|make me (?:sick|puke|vomit)|want to puke|had it coming|"
+        r"(?:was|were|is) "
+        r"asking for it|deserved? to (?:die|be|suffer|burn)|should have been|good riddance|can't be trusted|"
+        r"back to (?:the|your) "
+        r"(?:kitchen|country|cage|hole)|breed like|belong in|needs? to learn|too (?:stupid|dumb|emotional|fat|ugly)|"
+        r"not racist)\b"
+    ),
     "cooks": (
         r"\b(?:recipe|minutes?|oven|sauce|eggs?|whites|oil|steak|chicken|server|cluster|port|"
         r"thread|wire|database|run the|terminal|python|function|exam|match|goal|team|coffee|"
@@ -128,7 +200,6 @@ _PAIRS = (
     ("sexual", "person"),
     ("violence", "you"),
     ("violence", "person"),
-    ("violence", "group"),
     ("violence", "intends"),
     ("violence", "should"),
     ("violence", "means"),
@@ -147,7 +218,39 @@ _PAIRS = (
     ("insult", "me"),
     ("means", "person"),
     ("hates", "you"),
+    *((one, other) for one in ("violence", "sexual", "insult", "slur", "group") for other in ("says_no", "forbids")),
+    *((one, other) for one in ("violence", "group", "slur", "bad_trait") for other in ("condemned", "news", "told")),
+    ("violence", "clinical"),
+    ("generalises", "negates"),
+    ("bad_trait", "negates"),
+    ("insult", "told"),
+    ("insult", "condemned"),
+    ("insult", "negates"),
+    ("violence", "negates"),
+    ("group", "scorns"),
+    ("group", "violence"),
+    ("you", "scorns"),
+    ("sexual", "clinical"),
+    ("generalises", "says_no"),
+    ("says_no", "you_are"),
+    ("should", "says_no"),
 )
+_BAD = {"insult", "profanity", "sexual", "slur", "violence", "bad_trait", "hates", "shut_up"}
+_SHIELDS = {
+    "says_no",
+    "forbids",
+    "condemned",
+    "negates",
+    "news",
+    "clinical",
+    "told",
+    "declines",
+    "denounces",
+    "supports",
+}
+_CALMS = {"says_no", "forbids", "condemned", "negates", "news", "clinical"}
+_AIMS = {"me", "intends", "person", "should", "bad_trait", "means", "hates"}
+"""A bad word that meets one of these counts only in a sentence that does not decline, forbid, condemn or report it."""
 _ATTACK = re.compile(
     r"\b(?:you|you're|youre|your|ur) (?:(?:are|a|an|so|such|just|really|being|acting|like|"
     r"little|fucking|damn|goddamn|all|mother is|mom is|mama) ){0,5}(?:idiot|moron|stupid|dumb|"
@@ -170,7 +273,21 @@ def represent(text: str) -> tuple[dict[str, float], list[str]]:
     pieces = sentences(text)[:MOST_SENTENCES] or [text]
     flags = [{name for name, pattern in _COMPILED.items() if pattern.search(piece)} for piece in pieces]
     found = words(text)
+    bad = [bool(flag & _BAD) for flag in flags]
+    shielded = [bool(flag & _SHIELDS) for flag in flags]
+    refuses = load("refusal").probability(*_refusal.represent("", text))
+    turned = [one and other and _turns(piece) for one, other, piece in zip(bad, shielded, pieces, strict=True)]
+    num_bad = sum(bad)
+    bare = sum(one and not other for one, other in zip(bad, shielded, strict=True))
     features: dict[str, float] = {
+        "refuses": refuses,
+        "refuses_to_harm": refuses * float(any("violence" in flag or "sexual" in flag for flag in flags)),
+        "refuses_insulting": refuses * float(any("insult" in flag and "you" in flag for flag in flags)),
+        "bare": float(bare > 0),
+        "bare_share": bare / len(flags),
+        "turned": float(any(turned)),
+        "shielded_throughout": float(num_bad > 0 and bare == 0 and not any(turned)),
+        "shielded": float(num_bad > 0 and bare == 0),
         "words": math.log1p(len(found)) / 5,
         "short": float(len(found) < 12),
         "attack": float(bool(_ATTACK.search(text))),
@@ -181,18 +298,32 @@ def represent(text: str) -> tuple[dict[str, float], list[str]]:
         if count:
             features[name] = 1.0
             features[f"{name}/share"] = count / len(flags)
+    calmed = [bool(flag & _CALMS) and not other for flag, other in zip(flags, turned, strict=True)]
     for one, other in _PAIRS:
-        count = sum(one in flag and other in flag for flag in flags)
+        aimed = other in _AIMS
+        count = sum(
+            one in flag and other in flag and not (aimed and calm) for flag, calm in zip(flags, calmed, strict=True)
+        )
         if count:
             features[f"{one}+{other}"] = 1.0
             features[f"{one}+{other}/share"] = count / len(flags)
-    if not any(
-        flag & {"insult", "profanity", "sexual", "slur", "violence", "bad_trait", "hates", "shut_up"} for flag in flags
-    ):
+    if not num_bad:
+        features["group_alone"] = float(any("group" in flag for flag in flags))
         features["no_bad_word"] = 1.0
     return features, _terms(found)
 
 
+def _turns(sentence: str) -> bool:
+    """Whether a sentence that declines or condemns has another clause with a bad word that does neither."""
+    clauses = _CLAUSE.split(sentence)
+    return len(clauses) > 1 and any(
+        any(_COMPILED[name].search(clause) for name in _BAD | {"scorns", "commands", "threatens"})
+        and not any(_COMPILED[name].search(clause) for name in _SHIELDS)
+        for clause in clauses
+    )
+
+
+_CLAUSE = re.compile(r"\s*(?:[,;:]|\b(?:but|unless|because|although|until|so(?= \w+ it)|or(?= i(?:'ll| will)))\b)\s*")
 _LEET = str.maketrans({"@": "a", "$": "s", "3": "e", "0": "o", "1": "i", "!": "i"})
 _DISGUISED = re.compile(r"\b[a-z]+[@$!301*][@$!301*a-z]*[a-z]\b")
 _STRETCHED = re.compile(r"([a-z])\1{2,}")
