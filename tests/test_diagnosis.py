@@ -203,6 +203,11 @@ CASES = [
 ]  # fmt: skip
 
 
+def test_a_loss_of_nothing_is_no_comfort_where_every_group_agrees() -> None:
+    rows = online(from_phase(2, loss__total=1e-9, group__constant_fraction=1.0))
+    assert "loss_near_zero" not in [f.id for seen in watch(rows) for f in seen.appeared]
+
+
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
 def test_an_illness_is_named_when_it_is_certain(case: Case) -> None:
     seen = watch(case.ill)

@@ -607,7 +607,8 @@ def _loss_near_zero(facts: _Facts) -> _Verdict | None:
     of_groups = all(facts.of_phase(name) is not None for name in ("group/constant_fraction", "policy/ratio"))
     if loss is None or not of_groups or "loss_near_zero.holds" in facts.memory:
         return None
-    if abs(loss) > NEAR_ZERO:
+    share = facts.of_phase("group/constant_fraction")
+    if abs(loss) > NEAR_ZERO or (share is not None and share >= facts.limits.constant_groups):  # then it is no comfort
         return None
     return _Verdict(
         f"the loss is {loss:.1g}, which is normal: the advantages of a group cancel while the policy is the one that "

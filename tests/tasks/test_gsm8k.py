@@ -5,10 +5,13 @@ from __future__ import annotations
 import json
 import re
 import time
+from decimal import Decimal
 from fractions import Fraction
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -333,3 +336,21 @@ def test_a_hundred_kilobytes_take_a_moment(piece: str) -> None:
 
 SECONDS = 2.0
 """Quadratic time would be minutes."""
+
+
+@pytest.mark.parametrize("answer", [18, 18.0, Fraction(18), Decimal("18.0"), np.int64(18), np.float32(18)])
+def test_an_answer_may_be_a_number(answer: Any) -> None:
+    assert grade("#### 18", answer) and grade("about 18", answer, "flexible") and within("#### 19", answer)
+    assert not grade("#### 17", answer)
+
+
+def test_what_is_neither_text_nor_number_says_so() -> None:
+    for answer in (None, True, [18]):
+        with pytest.raises(TypeError, match=r"answer is .*, needed is a text or a number"):
+            grade("#### 18", answer)  # type: ignore[arg-type]
+    for completion in (None, 18, b"#### 18"):
+        with pytest.raises(TypeError, match=r"completion is .*, needed is a text"):
+            grade(completion, "18")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="no mode 'lenient'; there are: strict, flexible"):
+        grade("#### 18", "18", "lenient")  # type: ignore[arg-type]
+    assert not grade("#### nan", float("nan")) and not grade("#### inf", float("inf"))

@@ -5,9 +5,13 @@ completion -> the number it answers with -> right, wrong, or near.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterator
+from decimal import Decimal
 from fractions import Fraction
+from numbers import Real
+from typing import get_args
 
 from alignlab.data.files import Record
 from alignlab.data.formats import Unusable
@@ -24,19 +28,23 @@ _CALCULATOR = re.compile(r"<<[^<>]*>>")
 """Marks of the annotators' calculator, as in `48/2 = <<48/2=24>>24`."""
 
 
-def grade(completion: str, answer: str, mode: Mode = "strict") -> bool:
+def grade(completion: str, answer: str | float, mode: Mode = "strict") -> bool:
     """Whether the completion's number equals the reference answer (a number, or the worked text with `#### N`).
 
     strict: a marked answer counts: the last `<answer>` block, else the first `####` that a number follows, else the
     last `\\boxed{}`, else the last "the answer is N" or "Answer: N". flexible: without a readable mark, the number that
     the text ends on. Numbers are compared exactly, as fractions; units, currency and percent signs say nothing. What
     follows a next "Question:" or the end of the turn is not read. False where `answer` holds no number.
+
+    Raises:
+        TypeError: the completion is no text, or the answer neither a text nor a number.
+        ValueError: another mode.
     """
-    gold = _gold(answer)
-    return gold is not None and _number(completion, mode) == gold
+    gold, number = _gold(answer), _number(completion, mode)
+    return gold is not None and number == gold
 
 
-def within(completion: str, answer: str, tolerance: float = 0.1, mode: Mode = "flexible") -> bool:
+def within(completion: str, answer: str | float, tolerance: float = 0.1, mode: Mode = "flexible") -> bool:
     """Whether the completion's number is at most `tolerance` x |reference| from the reference; 0 has to be met."""
     gold, number = _gold(answer), _number(completion, mode)
     return gold is not None and number is not None and abs(number - gold) <= abs(gold) * Fraction(str(tolerance))
@@ -47,12 +55,20 @@ def formatted(completion: str) -> bool:
     return well_formed(completion)
 
 
-def _gold(answer: str) -> Fraction | None:
+def _gold(answer: str | float) -> Fraction | None:
+    if isinstance(answer, bool) or not isinstance(answer, str | Real | Decimal):
+        raise TypeError(f"gsm8k: answer is {type(answer).__name__}, needed is a text or a number")
+    if not isinstance(answer, str):
+        return Fraction(str(answer)) if math.isfinite(answer) else None
     number = gold_number(answer)
     return number if number is not None else marked_number(answer) or read(answer)
 
 
 def _number(completion: str, mode: Mode) -> Fraction | None:
+    if not isinstance(completion, str):
+        raise TypeError(f"gsm8k: completion is {type(completion).__name__}, needed is a text")
+    if mode not in get_args(Mode):
+        raise ValueError(f"gsm8k: no mode {mode!r}; there are: {', '.join(get_args(Mode))}")
     return marked_number(completion) if mode == "strict" else answered_number(completion)
 
 
