@@ -176,6 +176,24 @@ def test_prompts_that_were_trained_on_are_said(place: Path) -> None:
     assert plain["data"]["overlap"]["known"] is False and plain["scores"] == {}
 
 
+def test_a_task_is_what_was_prepared_here_before_the_starters(place: Path, tmp_path: Path) -> None:
+    """Named as it is: in evaluation.json and in the title."""
+    few = ("-n", "3", "-m", "exact_match", "--max-tokens", "4")
+    theirs = content(tmp_path, place / "model", "-t", "reasoning", *few)
+    assert theirs["data"]["source"] == "starter: reasoning" and not any("sum/" in id for id in theirs["scores"])
+    shutil.copytree(place / "held-out", tmp_path / "data" / "reasoning")
+    shutil.copytree(place / "held-out", tmp_path / "data" / "hh")
+    ours = content(tmp_path, place / "model", "-t", "reasoning", *few)
+    assert ours["data"]["source"] == "data/reasoning" and set(ours["scores"]) == {"sum/4-0", "sum/4-1", "sum/4-2"}
+    both = evaluate(tmp_path, place / "model", "-t", "hh", "-t", "safety", "-n", "2", "-m", "verbosity", "-q")
+    assert both.code == 0 and "data/hh, starter: safety, test: " in both.out, both
+    write_rows(tmp_path / "data" / "reasoning" / "train.jsonl", SUMS[:16])
+    keys = ("data.path=data/reasoning", "evaluation.prompts_per_task=0", "evaluation.measures=[]", "evaluation.every=0")
+    trained = alignlab("train", place / "sft.yaml", *keys, "--output", tmp_path / "own", "-q", cwd=tmp_path)
+    assert trained.code == 0, trained.err
+    assert set(content(tmp_path, "own", *few)["scores"]) == set(ours["scores"])
+
+
 def test_tables_for_people(place: Path) -> None:
     result = evaluate(place, "sft", "grpo", "--data", "held-out", "-t", "reasoning", "--suite", "forgetting")
     assert result.code == 0, result.err
@@ -217,7 +235,7 @@ def test_suites_of_a_run(place: Path) -> None:
 WRONG: Mapping[str, tuple[tuple[str, ...], str]] = {
     "no such run": (("./nowhere", "-t", "reasoning"), "'./nowhere': no such folder"),
     "nothing to ask": (("model",), "nothing to evaluate on: name --task TASK or --data FILE"),
-    "unknown task": (("sft", "-t", "resoning"), "no task is named 'resoning'"),
+    "unknown task": (("sft", "-t", "resoning"), "no task is named 'resoning'; did you mean 'reasoning'?"),
     "task without data": (("sft", "-t", "gsm8k"), "make them with alignlab data prepare gsm8k"),
     "missing file": (("sft", "--data", "held_out.jsonl"), "held_out.jsonl: no such file"),
     "missing split": (("sft", "--data", "held-out", "--split", "validation"), "no validation.jsonl in it; there are"),
