@@ -132,8 +132,11 @@ def test_a_run_against_itself_differs_in_nothing(place: Path) -> None:
     assert (comparison["model"], comparison["against"]) == ("sft-2", "sft")
     assert {"score", "rouge/1", "completion/length", "policy/bits_per_byte"} <= set(comparison["differences"])
     for name, difference in comparison["differences"].items():
-        assert difference["mean"] == difference["low"] == difference["high"] == 0.0, name
-        assert not difference["is_clear"]
+        assert difference["mean"] == 0.0 and not difference["is_clear"], name
+    for name in ("score", "reasoning/score"):  # a share: eight prompts without a difference show little
+        assert -1 <= comparison["differences"][name]["low"] < 0.0 < comparison["differences"][name]["high"] <= 1
+    for name in ("completion/length", "policy/bits_per_byte"):
+        assert comparison["differences"][name]["low"] == comparison["differences"][name]["high"] == 0.0
     one, other = found["runs"]
     assert one["metrics"] == other["metrics"] and one["data"] == other["data"]
 
