@@ -234,6 +234,8 @@ def test_suites_of_a_run(place: Path) -> None:
 
 
 # ---- bad input -------------------------------------------------------------------------------------------------------
+    assert {kind["verdict"] for kind in hacking["trained"].values()} == {"too few prompts"} and not hacking["flags"]
+    assert hacking["notes"] == ["8 prompts of a kind: a verdict needs 20 that the reward judges (-n)"]
 
 WRONG: Mapping[str, tuple[tuple[str, ...], str]] = {
     "no such run": (("./nowhere", "-t", "reasoning"), "'./nowhere': no such folder"),
