@@ -247,7 +247,7 @@ WRONG: Mapping[str, tuple[tuple[str, ...], str]] = {
     "unknown split": (("sft", "--data", "held-out", "--split", "tset"), "--split tset: one of validation, test, train"),
     "two tasks of a file": (("sft", "--data", "held-out", "-t", "code", "-t", "reasoning"), "is of one task"),
     "unknown measure": (("sft", "--data", "held-out", "-m", "rogue"), "did you mean 'rouge'?"),
-    "no encoder": (("sft", "--data", "held-out", "-m", "bertscore"), "name a folder or hub id (--encoder"),
+    "no encoder": (("sft", "--data", "held-out", "-m", "bertscore"), "name a folder, a hub id or minilm (--encoder"),
     "measure without answers": (("sft", "--data", "held-out", "-m", "harmlessness"), "meta.harmful"),
     "unknown decoding": (
         ("sft", "--data", "held-out", "--decoding", "beam"),

@@ -48,7 +48,7 @@ def evaluate(
         Many,
         typer.Option(help="forgetting, hacking, verbosity, or lm-eval:TASK.", show_default=False),
     ] = None,
-    encoder: Annotated[str, typer.Option(help="bertscore: folder or hub id of its encoder.")] = "",
+    encoder: Annotated[str, typer.Option(help="bertscore: folder or hub id of its encoder, or minilm.")] = "",
     word_limit: Annotated[int, typer.Option(help="verbosity: words an answer may have.", min=1)] = 60,
     max_tokens: Annotated[
         int | None, typer.Option(help="Longest completion; default: as in the recipe.", min=1, show_default=False)
