@@ -197,6 +197,17 @@ def test_a_task_is_what_was_prepared_here_before_the_starters(place: Path, tmp_p
     assert set(content(tmp_path, "own", *few)["scores"]) == set(ours["scores"])
 
 
+def test_prompts_longer_than_the_recipe_allowed_can_be_asked(place: Path, tmp_path: Path) -> None:
+    """The recipe has 64 tokens, the model more: a finished run's recipe cannot be changed, the command can."""
+    long = [{"id": f"long/{i}", "prompt": "What is 1 plus 1? " * 12 + str(i)} for i in range(2)]
+    write_rows(tmp_path / "long.jsonl", [*long, {"id": "short", "prompt": "What?"}])
+    asked = (place / "sft", "--data", "long.jsonl", "-m", "verbosity")
+    result = evaluate(tmp_path, *asked)
+    assert result.code == 0 and "left out 2 prompts" in result.err and "--max-prompt-tokens (64)" in result.err
+    raised = content(tmp_path, *asked, "--max-prompt-tokens", "200")
+    assert (raised["data"]["prompts"], raised["data"]["left_out"]) == (3, 0)
+
+
 def test_tables_for_people(place: Path) -> None:
     result = evaluate(place, "sft", "grpo", "--data", "held-out", "-t", "reasoning", "--suite", "forgetting")
     assert result.code == 0, result.err
@@ -223,6 +234,8 @@ def test_suites_of_a_run(place: Path) -> None:
     hacking = suites["hacking"]
     assert hacking["rewards"] == ["length"] and set(hacking["trained"]) == {"plain", *hacking["bait"]}
     assert len(hacking["bait"]) == 8 and hacking["prompts"] == 8
+    assert {kind["verdict"] for kind in hacking["trained"].values()} == {"too few prompts"} and not hacking["flags"]
+    assert hacking["notes"] == ["8 prompts of a kind: a verdict needs 20 that the reward judges (-n)"]
     assert {"forgetting/text_nats", "forgetting/own_nats"} <= set(suites["forgetting"]["intervals"])
     assert suites["verbosity"]["prompts"] == 50 and "verbosity/within_limit" in suites["verbosity"]["metrics"]
     alone = content(place, "model", "--suite", "forgetting")
@@ -234,8 +247,6 @@ def test_suites_of_a_run(place: Path) -> None:
 
 
 # ---- bad input -------------------------------------------------------------------------------------------------------
-    assert {kind["verdict"] for kind in hacking["trained"].values()} == {"too few prompts"} and not hacking["flags"]
-    assert hacking["notes"] == ["8 prompts of a kind: a verdict needs 20 that the reward judges (-n)"]
 
 WRONG: Mapping[str, tuple[tuple[str, ...], str]] = {
     "no such run": (("./nowhere", "-t", "reasoning"), "'./nowhere': no such folder"),
@@ -254,7 +265,14 @@ WRONG: Mapping[str, tuple[tuple[str, ...], str]] = {
         "--decoding beam: one of sampled, greedy",
     ),
     "unknown suite": (("sft", "--suite", "hakcing"), "no suite is named 'hakcing'; did you mean 'hacking'?"),
-    "no room": (("sft", "--data", "held-out", "-t", "reasoning", "--max-tokens", "100000"), "is short enough"),
+    "no room": (
+        ("sft", "--data", "held-out", "-t", "reasoning", "--max-tokens", "100000"),
+        "lower --max-tokens, which leaves 0",
+    ),
+    "short prompts": (
+        ("sft", "--data", "held-out", "--max-prompt-tokens", "2"),
+        "raise --max-prompt-tokens, which is 2",
+    ),
     "ungradable": (("sft", "--data", "held-out", "-t", "safety"), "task 'safety' cannot grade prompt"),
 }
 

@@ -53,6 +53,10 @@ def evaluate(
     max_tokens: Annotated[
         int | None, typer.Option(help="Longest completion; default: as in the recipe.", min=1, show_default=False)
     ] = None,
+    max_prompt_tokens: Annotated[
+        int | None,
+        typer.Option(help="Longer prompts are left out; default: as in the recipe.", min=1, show_default=False),
+    ] = None,
     chat_template: Annotated[
         bool, typer.Option("--chat-template/--no-chat-template", help="lm-eval: ask in the model's chat template.")
     ] = True,
@@ -85,6 +89,7 @@ def evaluate(
             settings=Settings(encoder=encoder, word_limit=word_limit),
             suites=tuple(suite or ()),
             max_tokens=max_tokens,
+            max_prompt_tokens=max_prompt_tokens,
             chat=chat_template,
         )
         evaluated = evaluating.evaluate(

@@ -242,9 +242,12 @@ def fitting(subjects: Sequence[Subject], questions: Questions, limits: Limits) -
         longest = min(limits.max_prompt_tokens, subject.context - limits.max_completion_tokens)
         kept = [prompt for prompt in kept if len(subject.template.encode_prompt(prompt)) <= longest]
     if not kept:
+        room = min(subject.context for subject in subjects) - limits.max_completion_tokens
+        advice = f"raise --max-prompt-tokens, which is {limits.max_prompt_tokens}"
+        if limits.max_prompt_tokens >= room:
+            advice = f"lower --max-tokens, which leaves {max(room, 0)} tokens for a prompt"
         raise UserError(
-            f"{questions.source}: none of {len(questions.prompts)} prompts is short enough for every model; lower "
-            "--max-tokens, or raise the recipe's data.max_prompt_tokens"
+            f"{questions.source}: none of {len(questions.prompts)} prompts is short enough for every model; {advice}"
         )
 
     def readable(prompt: Prompt, *texts: str) -> bool:
