@@ -132,8 +132,11 @@ def test_a_run_against_itself_differs_in_nothing(place: Path) -> None:
     assert (comparison["model"], comparison["against"]) == ("sft-2", "sft")
     assert {"score", "rouge/1", "completion/length", "policy/bits_per_byte"} <= set(comparison["differences"])
     for name, difference in comparison["differences"].items():
-        assert difference["mean"] == difference["low"] == difference["high"] == 0.0, name
-        assert not difference["is_clear"]
+        assert difference["mean"] == 0.0 and not difference["is_clear"], name
+    for name in ("score", "reasoning/score"):  # a share: eight prompts without a difference show little
+        assert -1 <= comparison["differences"][name]["low"] < 0.0 < comparison["differences"][name]["high"] <= 1
+    for name in ("completion/length", "policy/bits_per_byte"):
+        assert comparison["differences"][name]["low"] == comparison["differences"][name]["high"] == 0.0
     one, other = found["runs"]
     assert one["metrics"] == other["metrics"] and one["data"] == other["data"]
 
@@ -176,6 +179,35 @@ def test_prompts_that_were_trained_on_are_said(place: Path) -> None:
     assert plain["data"]["overlap"]["known"] is False and plain["scores"] == {}
 
 
+def test_a_task_is_what_was_prepared_here_before_the_starters(place: Path, tmp_path: Path) -> None:
+    """Named as it is: in evaluation.json and in the title."""
+    few = ("-n", "3", "-m", "exact_match", "--max-tokens", "4")
+    theirs = content(tmp_path, place / "model", "-t", "reasoning", *few)
+    assert theirs["data"]["source"] == "starter: reasoning" and not any("sum/" in id for id in theirs["scores"])
+    shutil.copytree(place / "held-out", tmp_path / "data" / "reasoning")
+    shutil.copytree(place / "held-out", tmp_path / "data" / "hh")
+    ours = content(tmp_path, place / "model", "-t", "reasoning", *few)
+    assert ours["data"]["source"] == "data/reasoning" and set(ours["scores"]) == {"sum/4-0", "sum/4-1", "sum/4-2"}
+    both = evaluate(tmp_path, place / "model", "-t", "hh", "-t", "safety", "-n", "2", "-m", "verbosity", "-q")
+    assert both.code == 0 and "data/hh, starter: safety, test: " in both.out, both
+    write_rows(tmp_path / "data" / "reasoning" / "train.jsonl", SUMS[:16])
+    keys = ("data.path=data/reasoning", "evaluation.prompts_per_task=0", "evaluation.measures=[]", "evaluation.every=0")
+    trained = alignlab("train", place / "sft.yaml", *keys, "--output", tmp_path / "own", "-q", cwd=tmp_path)
+    assert trained.code == 0, trained.err
+    assert set(content(tmp_path, "own", *few)["scores"]) == set(ours["scores"])
+
+
+def test_prompts_longer_than_the_recipe_allowed_can_be_asked(place: Path, tmp_path: Path) -> None:
+    """The recipe has 64 tokens, the model more: a finished run's recipe cannot be changed, the command can."""
+    long = [{"id": f"long/{i}", "prompt": "What is 1 plus 1? " * 12 + str(i)} for i in range(2)]
+    write_rows(tmp_path / "long.jsonl", [*long, {"id": "short", "prompt": "What?"}])
+    asked = (place / "sft", "--data", "long.jsonl", "-m", "verbosity")
+    result = evaluate(tmp_path, *asked)
+    assert result.code == 0 and "left out 2 prompts" in result.err and "--max-prompt-tokens (64)" in result.err
+    raised = content(tmp_path, *asked, "--max-prompt-tokens", "200")
+    assert (raised["data"]["prompts"], raised["data"]["left_out"]) == (3, 0)
+
+
 def test_tables_for_people(place: Path) -> None:
     result = evaluate(place, "sft", "grpo", "--data", "held-out", "-t", "reasoning", "--suite", "forgetting")
     assert result.code == 0, result.err
@@ -202,6 +234,8 @@ def test_suites_of_a_run(place: Path) -> None:
     hacking = suites["hacking"]
     assert hacking["rewards"] == ["length"] and set(hacking["trained"]) == {"plain", *hacking["bait"]}
     assert len(hacking["bait"]) == 8 and hacking["prompts"] == 8
+    assert {kind["verdict"] for kind in hacking["trained"].values()} == {"too few prompts"} and not hacking["flags"]
+    assert hacking["notes"] == ["8 prompts of a kind: a verdict needs 20 that the reward judges (-n)"]
     assert {"forgetting/text_nats", "forgetting/own_nats"} <= set(suites["forgetting"]["intervals"])
     assert suites["verbosity"]["prompts"] == 50 and "verbosity/within_limit" in suites["verbosity"]["metrics"]
     alone = content(place, "model", "--suite", "forgetting")
@@ -217,21 +251,28 @@ def test_suites_of_a_run(place: Path) -> None:
 WRONG: Mapping[str, tuple[tuple[str, ...], str]] = {
     "no such run": (("./nowhere", "-t", "reasoning"), "'./nowhere': no such folder"),
     "nothing to ask": (("model",), "nothing to evaluate on: name --task TASK or --data FILE"),
-    "unknown task": (("sft", "-t", "resoning"), "no task is named 'resoning'"),
+    "unknown task": (("sft", "-t", "resoning"), "no task is named 'resoning'; did you mean 'reasoning'?"),
     "task without data": (("sft", "-t", "gsm8k"), "make them with alignlab data prepare gsm8k"),
     "missing file": (("sft", "--data", "held_out.jsonl"), "held_out.jsonl: no such file"),
     "missing split": (("sft", "--data", "held-out", "--split", "validation"), "no validation.jsonl in it; there are"),
     "unknown split": (("sft", "--data", "held-out", "--split", "tset"), "--split tset: one of validation, test, train"),
     "two tasks of a file": (("sft", "--data", "held-out", "-t", "code", "-t", "reasoning"), "is of one task"),
     "unknown measure": (("sft", "--data", "held-out", "-m", "rogue"), "did you mean 'rouge'?"),
-    "no encoder": (("sft", "--data", "held-out", "-m", "bertscore"), "name a folder or hub id (--encoder"),
+    "no encoder": (("sft", "--data", "held-out", "-m", "bertscore"), "name a folder, a hub id or minilm (--encoder"),
     "measure without answers": (("sft", "--data", "held-out", "-m", "harmlessness"), "meta.harmful"),
     "unknown decoding": (
         ("sft", "--data", "held-out", "--decoding", "beam"),
         "--decoding beam: one of sampled, greedy",
     ),
     "unknown suite": (("sft", "--suite", "hakcing"), "no suite is named 'hakcing'; did you mean 'hacking'?"),
-    "no room": (("sft", "--data", "held-out", "-t", "reasoning", "--max-tokens", "100000"), "is short enough"),
+    "no room": (
+        ("sft", "--data", "held-out", "-t", "reasoning", "--max-tokens", "100000"),
+        "lower --max-tokens, which leaves 0",
+    ),
+    "short prompts": (
+        ("sft", "--data", "held-out", "--max-prompt-tokens", "2"),
+        "raise --max-prompt-tokens, which is 2",
+    ),
     "ungradable": (("sft", "--data", "held-out", "-t", "safety"), "task 'safety' cannot grade prompt"),
 }
 

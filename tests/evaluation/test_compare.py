@@ -11,7 +11,7 @@ import pytest
 from alignlab.evaluation.compare import compare, over_tasks
 from alignlab.evaluation.measures import Found, Whole
 from alignlab.evaluation.measures.distinct import distinct_whole
-from alignlab.statistics import mean_interval, paired_interval
+from alignlab.statistics import mean_interval, mean_of_bounds, paired_interval, paired_proportion
 
 
 def found(values: Sequence[float | None], name: str = "a/score") -> Found:
@@ -65,12 +65,40 @@ def test_the_mean_over_tasks_counts_every_task_the_same() -> None:
     theirs = Found(values={"a/score": [0.0, 1.0, 0.0, None, None], "b/score": [None, None, None, 1.0, 1.0]})
     difference = over_tasks(ours, theirs, clusters)
     parts = [
-        paired_interval([1.0, 1.0, 0.0], [0.0, 1.0, 0.0], list("pqr")),
-        paired_interval([0.0, 1.0], [1.0, 1.0], list("pq")),
+        paired_proportion([1.0, 1.0, 0.0], [0.0, 1.0, 0.0], list("pqr")),
+        paired_proportion([0.0, 1.0], [1.0, 1.0], list("pq")),
     ]
-    expected = mean_interval(parts)
+    expected = mean_of_bounds(parts)
     assert difference is not None and difference.mean == pytest.approx((1 / 3 - 1 / 2) / 2)
     assert (difference.low, difference.high) == pytest.approx((expected.low, expected.high))
     assert difference.prompts == 5
+
+
+def test_the_mean_over_tasks_of_other_scores_is_a_t_interval() -> None:
+    clusters = ["a/1", "a/2", "a/3", "b/1", "b/2"]
+    ours = Found(values={"a/score": [0.5, 1.0, 0.0, None, None], "b/score": [None, None, None, 0.5, 1.0]})
+    theirs = Found(values={"a/score": [0.0, 1.0, 0.0, None, None], "b/score": [None, None, None, 1.0, 1.0]})
+    difference = over_tasks(ours, theirs, clusters)
+    parts = [
+        paired_interval([0.5, 1.0, 0.0], [0.0, 1.0, 0.0], list("pqr")),
+        paired_interval([0.5, 1.0], [1.0, 1.0], list("pq")),
+    ]
+    expected = mean_interval(parts)
+    assert difference is not None
+    assert (difference.low, difference.high) == pytest.approx((expected.low, expected.high))
+
+
+def test_shares_of_few_prompts_are_neither_impossible_nor_certain() -> None:
+    """Two of three better, and no difference at all; the overall score of one task is the task's."""
+    clusters = ["p", "q", "r"]
+    for ours, theirs in (([1.0, 1.0, 1.0], [0.0, 0.0, 1.0]), ([1.0, 0.0, 1.0], [1.0, 0.0, 1.0])):
+        difference = compare(found(ours), found(theirs), clusters)["a/score"]
+        assert -1 <= difference.low < 0 < difference.high <= 1 and difference.low < difference.mean < difference.high
+        overall = over_tasks(found(ours), found(theirs), clusters)
+        assert overall is not None
+        assert (overall.low, overall.high) == pytest.approx((difference.low, difference.high))
+    two = Found(values={"a/score": [1.0, 1.0, None, None], "b/score": [None, None, 0.0, 0.0]})
+    same = over_tasks(two, two, ["p", "q", "r", "s"])
+    assert same is not None and same.low < 0 == same.mean < same.high
     assert over_tasks(found([1.0], "a/score"), found([1.0], "a/score"), ["p"]) is None
     assert over_tasks(Found(), Found(), []) is None

@@ -9,7 +9,7 @@ from random import Random
 import numpy as np
 import pytest
 
-from alignlab.evaluation.hacking import CHANGES, Judged, gain, hacking, perturbed
+from alignlab.evaluation.hacking import CHANGES, FEWEST_PROMPTS, Judged, gain, hacking, perturbed
 from alignlab.types import Message, Prompt
 
 PROMPTS = [
@@ -58,15 +58,36 @@ def test_a_planted_length_hack_is_flagged() -> None:
 def test_an_honest_improvement_is_not() -> None:
     start, run = judged(policy(0.3, 10, 0), "right"), judged(policy(0.8, 10, 0), "right")
     found = gain(run, start)
-    assert found.verdict == "fine" and found.metric[1] > 0 and found.reward[1] > 0 and found.notes == ()
+    assert found.verdict == "no sign" and found.metric[1] > 0 and found.reward[1] > 0 and found.notes == ()
     whole = hacking({"plain": run, "typos": run}, {"plain": start, "typos": start})
     assert whole.flags == () and set(whole.trained) == {"plain", "typos"} and set(whole.bait) == {"typos"}
 
 
-def test_no_change_and_a_worse_reward_are_fine_too() -> None:
+def test_no_change_and_a_worse_reward_are_no_sign_either() -> None:
     start = judged(policy(0.5, 10, 0), "length")
-    assert gain(start, start).verdict == "fine"
-    assert gain(start, judged(policy(0.5, 40, 0), "length")).verdict == "fine"
+    assert gain(start, start).verdict == "no sign"
+    assert gain(start, judged(policy(0.5, 40, 0), "length")).verdict == "no sign"
+
+
+def test_a_few_prompts_have_no_verdict_either_way() -> None:
+    """Prompts count, not completions: four samples of each do not make nineteen prompts enough."""
+    start, run = judged(policy(0.5, 10, 0), "length"), judged(policy(0.45, 40, 0), "length")
+
+    def first(of: Judged, prompts: int, samples: int) -> Judged:
+        return Judged(
+            rewards=[*of.rewards[:prompts]] * samples,
+            scores=[*of.scores[:prompts]] * samples,
+            lengths=[*of.lengths[:prompts]] * samples,
+            clusters=[*of.clusters[:prompts]] * samples,
+        )
+
+    for of, against in ((run, start), (start, run), (start, start)):
+        assert (
+            gain(first(of, FEWEST_PROMPTS - 1, 4), first(against, FEWEST_PROMPTS - 1, 4)).verdict == "too few prompts"
+        )
+    few = first(run, 6, 1), first(start, 6, 1)
+    assert hacking({"plain": few[0]}, {"plain": few[1]}).flags == ()
+    assert gain(first(run, FEWEST_PROMPTS, 1), first(start, FEWEST_PROMPTS, 1)).verdict == "reward up, metric not"
 
 
 def test_false_alarms_are_rare_where_nothing_was_gamed() -> None:

@@ -19,9 +19,12 @@ from alignlab.statistics import (
     clustered_standard_error,
     jackknife_interval,
     mean_interval,
+    mean_of_bounds,
     paired_interval,
+    paired_proportion,
     prompt_interval,
     ratio_interval,
+    trinomial_interval,
     wilson_interval,
 )
 from tests.statistics.mutants import mutated
@@ -134,6 +137,33 @@ def test_pairs_are_compared_value_by_value(drawn: np.ndarray) -> None:
     )
 
 
+def test_a_difference_of_shares_is_that_of_a_win_rate_and_never_certain() -> None:
+    """Three prompts: 2 won, 1 tied, where a t interval reaches 2.10; all tied: +- z^2 / (n + z^2), not +- 0."""
+    ones, some = [1.0, 1.0, 1.0], [0.0, 0.0, 1.0]
+    assert paired_interval(ones, some, range(3)).high > 2
+    found = paired_proportion(ones, some, range(3))
+    assert found.mean == pytest.approx(2 / 3) and -1 <= found.low < 0 < found.mean < found.high <= 1
+    assert_allclose(ends(found), [2 * end - 1 for end in trinomial_interval(2, 1, 0)], **FLOAT64)
+    turned = paired_proportion(some, ones, range(3))
+    assert_allclose(ends(turned), [-end for end in ends(found)[::-1]], rtol=0, atol=1e-8)
+    z2 = float(stats.norm.isf(0.025)) ** 2
+    assert_allclose(ends(paired_proportion(ones, ones, range(3))), [-z2 / (3 + z2), z2 / (3 + z2)], rtol=0, atol=1e-8)
+    t2 = float(stats.t.isf(0.025, 2)) ** 2  # 5 samples of each prompt count once, and Student's quantile of 2 df
+    repeated = paired_proportion(ones * 5, ones * 5, [0, 1, 2] * 5)
+    assert_allclose(ends(repeated), [-t2 / (3 + t2), t2 / (3 + t2)], rtol=0, atol=1e-8)
+
+
+def test_the_mean_of_bounds_by_hand() -> None:
+    """Ends .3 and .4 below, .6 and .8 above: .5 / 2 and 1 / 2 from the mean; parts that are sure stay sure."""
+
+    def part(mean: float, low: float, high: float) -> Interval:
+        return Interval(mean=mean, low=low, high=high, standard_error=0.1, df=9.0, confidence=0.95)
+
+    found = mean_of_bounds([part(0.0, -0.3, 0.6), part(0.2, -0.2, 1.0)])
+    assert (found.mean, *ends(found)) == pytest.approx((0.1, -0.15, 0.6))
+    assert mean_of_bounds([part(0.0, 0.0, 0.0)]).note and not found.note
+
+
 def test_the_bootstrap_draws_clusters_and_is_the_same_every_time(drawn: np.ndarray) -> None:
     flat, clusters = drawn.ravel(), np.repeat(np.arange(40), 5).tolist()
 
@@ -177,6 +207,20 @@ def test_simulated_coverage_is_what_is_claimed() -> None:
     assert coverage(lambda v, c: prompt_interval(v), binary=False) < 0.85  # what ignoring the clusters costs
 
 
+@pytest.mark.parametrize(("prompts", "samples"), [(6, 1), (40, 1), (10, 4), (30, 4)])
+def test_a_difference_of_shares_is_held_as_often_as_claimed(prompts: int, samples: int) -> None:
+    """400 experiments each, of prompts that are hard or easy for both; of few prompts a little more often."""
+    random = np.random.default_rng(11)
+    clusters = np.repeat(np.arange(prompts), samples).tolist()
+    hits = 0
+    for _ in range(400):
+        easy = np.repeat(random.choice([0.1, 0.7], size=prompts), samples)
+        first, second = (random.random((2, easy.size)) < np.stack([easy + 0.2, easy])).astype(float)
+        found = paired_proportion(first, second, clusters)
+        hits += found.low <= 0.2 <= found.high
+    assert 0.92 <= hits / 400 <= 0.995
+
+
 # ---- errors and mutants ----------------------------------------------------------------------------------------------
 
 
@@ -189,6 +233,8 @@ def test_simulated_coverage_is_what_is_claimed() -> None:
         (lambda: clustered_interval([1.0, 2.0], ["a"]), "2 values, but 1 clusters"),
         (lambda: clustered_proportion([0.5, 1.0], ["a", "b"]), "0 or 1"),
         (lambda: paired_interval([1.0, 2.0], [1.0], ["a", "b"]), "2 values are paired with 1"),
+        (lambda: paired_proportion([1.0, 0.0], [0.5, 1.0], ["a", "b"]), "0 or 1"),
+        (lambda: paired_proportion([1.0, 0.0], [1.0], ["a", "b"]), "2 values are paired with 1"),
         (lambda: ratio_interval([1.0, 2.0], [0.0, 0.0], ["a", "b"]), "positive sum"),
         (lambda: jackknife_interval(lambda i: math.nan, ["a", "b"]), "NaN"),
         (lambda: mean_interval([]), "one or more"),

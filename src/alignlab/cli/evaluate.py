@@ -48,10 +48,14 @@ def evaluate(
         Many,
         typer.Option(help="forgetting, hacking, verbosity, or lm-eval:TASK.", show_default=False),
     ] = None,
-    encoder: Annotated[str, typer.Option(help="bertscore: folder or hub id of its encoder.")] = "",
+    encoder: Annotated[str, typer.Option(help="bertscore: folder or hub id of its encoder, or minilm.")] = "",
     word_limit: Annotated[int, typer.Option(help="verbosity: words an answer may have.", min=1)] = 60,
     max_tokens: Annotated[
         int | None, typer.Option(help="Longest completion; default: as in the recipe.", min=1, show_default=False)
+    ] = None,
+    max_prompt_tokens: Annotated[
+        int | None,
+        typer.Option(help="Longer prompts are left out; default: as in the recipe.", min=1, show_default=False),
     ] = None,
     chat_template: Annotated[
         bool, typer.Option("--chat-template/--no-chat-template", help="lm-eval: ask in the model's chat template.")
@@ -85,6 +89,7 @@ def evaluate(
             settings=Settings(encoder=encoder, word_limit=word_limit),
             suites=tuple(suite or ()),
             max_tokens=max_tokens,
+            max_prompt_tokens=max_prompt_tokens,
             chat=chat_template,
         )
         evaluated = evaluating.evaluate(

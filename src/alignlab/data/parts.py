@@ -49,15 +49,21 @@ def find(where: str) -> str:
     """
     if "://" in where or Path(where).expanduser().exists():
         return where
-    for folder in (Path("data") / where, starter.DATA / where):
-        if where and folder.is_dir():
-            return str(folder)
+    folder = folder_of_task(where)
+    if folder is not None:
+        return str(folder)
     if where in registry.names("tasks"):
         raise UserError(
             f"{where}: its data are not here; `alignlab data prepare {where}` fetches them, and --from takes a copy"
         )
     hint = registry.did_you_mean(where, registry.names("tasks"))
     raise UserError(f"{where}: no such file or folder, and no task" + (f"; {hint}" if hint else ""))
+
+
+def folder_of_task(task: str) -> Path | None:
+    """A task's data: `data/TASK`, where `alignlab data prepare` puts them, else the starter's; None without either."""
+    folders = (Path("data") / task, starter.DATA / task)
+    return next((folder for folder in folders if task and folder.is_dir()), None)
 
 
 def open_parts(where: str, *, source: DataSource | None = None, split: str | None = None) -> list[Part]:

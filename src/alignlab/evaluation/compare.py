@@ -14,7 +14,14 @@ from dataclasses import dataclass
 import numpy as np
 
 from alignlab.evaluation.measures import Found, Whole
-from alignlab.statistics.clustered import bootstrap_interval, jackknife_interval, mean_interval, paired_interval
+from alignlab.statistics.clustered import (
+    bootstrap_interval,
+    jackknife_interval,
+    mean_interval,
+    mean_of_bounds,
+    paired_interval,
+    paired_proportion,
+)
 from alignlab.statistics.inference import Interval
 
 
@@ -50,7 +57,7 @@ def compare(model: Found, baseline: Found, clusters: Sequence[str]) -> dict[str,
         both = [(v, o, c) for v, o, c in zip(values, others, clusters, strict=True) if v is not None and o is not None]
         if len({c for _, _, c in both}) > 1:
             ours, theirs, here = zip(*both, strict=True)
-            found[name] = of_interval(paired_interval(ours, theirs, here), here)
+            found[name] = of_interval(_paired(ours, theirs, here), here)
     for name, whole in model.whole.items():
         other = baseline.whole.get(name)
         if other is None or whole.interval == "none":
@@ -65,7 +72,7 @@ def compare(model: Found, baseline: Found, clusters: Sequence[str]) -> dict[str,
 def over_tasks(model: Found, baseline: Found, clusters: Sequence[str]) -> Difference | None:
     """The difference of the mean over tasks of each task's mean score; None where a task has only one prompt."""
     scored = [name for name in model.values if name.endswith("/score") and name in baseline.values]
-    parts, prompts = [], set()
+    parts, prompts, any_share = [], set(), False
     for name in scored:
         both = [
             (v, o, c)
@@ -74,12 +81,23 @@ def over_tasks(model: Found, baseline: Found, clusters: Sequence[str]) -> Differ
         ]
         if len({c for _, _, c in both}) < 2:
             return None
-        parts.append(paired_interval([v for v, _, _ in both], [o for _, o, _ in both], [c for _, _, c in both]))
-        prompts |= {c for _, _, c in both}
+        ours, theirs, here = zip(*both, strict=True)
+        parts.append(_paired(ours, theirs, here))
+        prompts |= set(here)
+        any_share |= _is_share(ours, theirs)
     if not parts:
         return None
-    here = [c for c in clusters if c in prompts]
-    return of_interval(mean_interval(parts), here)
+    of_them = [c for c in clusters if c in prompts]
+    return of_interval((mean_of_bounds if any_share else mean_interval)(parts), of_them)
+
+
+def _paired(ours: Sequence[float], theirs: Sequence[float], clusters: Sequence[str]) -> Interval:
+    """Of a difference of shares a score interval, of any other means a t interval."""
+    return (paired_proportion if _is_share(ours, theirs) else paired_interval)(ours, theirs, clusters)
+
+
+def _is_share(ours: Sequence[float], theirs: Sequence[float]) -> bool:
+    return all(value in (0.0, 1.0) for value in (*ours, *theirs))
 
 
 def _applies(whole: Whole, clusters: Sequence[str]) -> np.ndarray:

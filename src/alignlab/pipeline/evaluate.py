@@ -55,6 +55,8 @@ USUAL = ("verbosity", "distinct")
 MAX_ROWS = 64
 MAX_TOKENS = 128
 """The most that is sampled where neither the command nor a recipe says."""
+MAX_PROMPT_TOKENS = 1024
+"""Of a prompt, where neither says."""
 
 
 # ---- how -------------------------------------------------------------------------------------------------------------
@@ -74,6 +76,8 @@ class Plan:
     suites: tuple[str, ...] = ()
     max_tokens: int | None = None
     """The most that is sampled; None = as the first run's recipe, else 128."""
+    max_prompt_tokens: int | None = None
+    """Longer prompts are left out; None = as the first run's recipe, else 1,024."""
     chat: bool = True
     """lm-eval: ask in the model's chat template."""
 
@@ -172,7 +176,10 @@ def evaluate(
         if "preference" in of_model and not questions.pairs:
             raise UserError("measure preference: no pair is short enough for every model; leave it out")
         if questions.left_out:
-            say(f"left out {questions.left_out} prompts that are too long for a model")
+            say(
+                f"left out {questions.left_out} prompts that are too long, for a model or for --max-prompt-tokens "
+                f"({limits.max_prompt_tokens})"
+            )
     evaluated: list[list[Evaluated]] = [[] for _ in plan.decodings]
     for subject in subjects:
         say(f"{subject.label}: {subject.run}")
@@ -218,8 +225,9 @@ def limits_for(subjects: Sequence[Subject], plan: Plan) -> Limits:
     """Lengths for all models: those of the first run's recipe, or what the command says."""
     stage = next((subject.stage for subject in subjects if subject.stage is not None), None)
     own = stage.data.max_completion_tokens if stage is not None else MAX_TOKENS
+    own_prompt = stage.data.max_prompt_tokens if stage is not None else MAX_PROMPT_TOKENS
     return Limits(
-        max_prompt_tokens=stage.data.max_prompt_tokens if stage is not None else 1024,
+        max_prompt_tokens=plan.max_prompt_tokens or own_prompt,
         max_completion_tokens=plan.max_tokens or own,
     )
 

@@ -16,6 +16,7 @@ import transformers
 from alignlab import starter
 from alignlab.conversation import Template
 from alignlab.data import DataSource, Kind, load_examples
+from alignlab.data.parts import folder_of_task
 from alignlab.errors import UserError
 from alignlab.models import ModelChoice, load_generation_config, load_tokenizer, location
 from alignlab.models.choice import location_of
@@ -138,7 +139,7 @@ class Questions:
 def load_questions(
     subjects: Sequence[Subject], tasks: Sequence[str], data: Path | None, split: Split, count: int, *, pairs: bool
 ) -> Questions:
-    """Prompts of a file, a prepared folder, the starter's tasks or, where nothing is named, the first run's own data.
+    """Prompts of a file, a prepared folder, tasks or, where nothing is named, those that the first run was made with.
 
     Args:
         count: the most prompts (and pairs) of each task.
@@ -176,7 +177,7 @@ def _sources(
         task = tasks[0] if tasks else ""
         return [(str(data), lambda kind: _from_files(data, task, kind, split))]
     if tasks:
-        return [(f"starter: {task}", partial(_of_task, task, split)) for task in tasks]
+        return [_of_task(task, split) for task in tasks]
     of_run = next((subject for subject in subjects if subject.stage is not None), None)
     if of_run is None or of_run.stage is None:
         raise UserError("nothing to evaluate on: name --task TASK or --data FILE")
@@ -205,20 +206,21 @@ def _from_files(where: Path, task: str, kind: Kind, split: Split) -> Sequence[An
     return load_examples(source, kind, "train").items
 
 
-def _of_task(task: str, split: Split, kind: Kind) -> Sequence[Any]:
-    """The starter's rows of a task, or those of `data/TASK`, where `alignlab data prepare` puts them."""
+def _of_task(task: str, split: Split) -> tuple[str, Load]:
+    """What a task's data are called, and how to read them: `data/TASK`, or the starter's where that is not there."""
     known_task(task)
-    folder = starter.DATA / task
-    if not folder.is_dir():
-        folder = Path("data") / task
-        if not folder.is_dir():
-            raise UserError(
-                f"task {task}: the starter has no data of it, and there is no {folder}; make them with alignlab data "
-                f"prepare {task}, or name --data FILE"
-            )
-    if kind == "pairs" and not (folder / f"pairs.{split}.jsonl").is_file():
-        split = "validation"
-    return _from_files(folder, task, kind, split)
+    folder = folder_of_task(task)
+    if folder is None:
+        raise UserError(
+            f"task {task}: there is no {Path('data') / task}, and the starter has no data of it; make them with "
+            f"alignlab data prepare {task}, or name --data FILE"
+        )
+
+    def load(kind: Kind) -> Sequence[Any]:
+        fallback = kind == "pairs" and not (folder / f"pairs.{split}.jsonl").is_file()
+        return _from_files(folder, task, kind, "validation" if fallback else split)
+
+    return f"starter: {task}" if folder.parent == starter.DATA else str(folder), load
 
 
 def known_task(task: str) -> None:
@@ -240,9 +242,12 @@ def fitting(subjects: Sequence[Subject], questions: Questions, limits: Limits) -
         longest = min(limits.max_prompt_tokens, subject.context - limits.max_completion_tokens)
         kept = [prompt for prompt in kept if len(subject.template.encode_prompt(prompt)) <= longest]
     if not kept:
+        room = min(subject.context for subject in subjects) - limits.max_completion_tokens
+        advice = f"raise --max-prompt-tokens, which is {limits.max_prompt_tokens}"
+        if limits.max_prompt_tokens >= room:
+            advice = f"lower --max-tokens, which leaves {max(room, 0)} tokens for a prompt"
         raise UserError(
-            f"{questions.source}: none of {len(questions.prompts)} prompts is short enough for every model; lower "
-            "--max-tokens, or raise the recipe's data.max_prompt_tokens"
+            f"{questions.source}: none of {len(questions.prompts)} prompts is short enough for every model; {advice}"
         )
 
     def readable(prompt: Prompt, *texts: str) -> bool:

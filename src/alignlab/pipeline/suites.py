@@ -13,7 +13,7 @@ import torch
 from alignlab.errors import UserError
 from alignlab.evaluation import EVALUATION_PHASE, EVALUATION_SEED, bounded, evaluate_policy
 from alignlab.evaluation.forgetting import forgetting
-from alignlab.evaluation.hacking import CHANGES, Judged, hacking, perturbed
+from alignlab.evaluation.hacking import CHANGES, FEWEST_PROMPTS, Judged, hacking, perturbed
 from alignlab.evaluation.harness import PREFIX, check_harness, load_tasks, run_harness
 from alignlab.evaluation.measures import Estimate
 from alignlab.evaluation.open_prompts import open_prompts, reference_paragraphs
@@ -216,6 +216,10 @@ def _hacking(
         before = {name: _judged(start, kind, subject, sampling, rewards) for name, kind in changed.items()}
     found = hacking(after, before)
     notes = []
+    if any(gain.verdict == "too few prompts" for gain in (*found.trained.values(), *found.bait.values())):
+        notes.append(
+            f"{len(changed['plain'])} prompts of a kind: a verdict needs {FEWEST_PROMPTS} that the reward judges (-n)"
+        )
     if all(np.array_equal(judged.rewards, judged.scores) for judged in after.values()):
         notes.append("the reward equals the metric on every completion, so it is no independent check of it")
     return {

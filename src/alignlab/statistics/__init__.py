@@ -21,7 +21,9 @@ from alignlab.statistics.clustered import (
     clustered_standard_error,
     jackknife_interval,
     mean_interval,
+    mean_of_bounds,
     paired_interval,
+    paired_proportion,
     ratio_interval,
 )
 from alignlab.statistics.inference import Interval, prompt_interval, wilson_interval
@@ -42,7 +44,9 @@ __all__ = [
     "length_controlled",
     "mcnemar_exact",
     "mean_interval",
+    "mean_of_bounds",
     "paired_interval",
+    "paired_proportion",
     "prompt_interval",
     "ratio_interval",
     "trinomial_interval",

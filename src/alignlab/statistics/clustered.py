@@ -6,6 +6,7 @@ Here the clusters are what is drawn: all of a prompt's values come and go togeth
 
 import math
 from collections.abc import Callable, Hashable, Sequence
+from dataclasses import replace
 
 import numpy as np
 import numpy.typing as npt
@@ -13,6 +14,7 @@ from scipy import stats
 
 from alignlab.statistics.aggregates import FloatArray, finite_array, is_constant, tail_probability
 from alignlab.statistics.inference import NO_SPREAD, Interval, score_interval
+from alignlab.statistics.wins import design_effect, trinomial_interval
 
 IntArray = npt.NDArray[np.intp]
 Statistic = Callable[[IntArray], float]
@@ -88,6 +90,38 @@ def clustered_proportion(values: npt.ArrayLike, clusters: Sequence[Hashable], co
         low=low,
         high=high,
         standard_error=math.sqrt(rate * (1.0 - rate) / effective),
+        df=float(num_clusters - 1),
+        confidence=confidence,
+    )
+
+
+def paired_proportion(
+    first: npt.ArrayLike, second: npt.ArrayLike, clusters: Sequence[Hashable], confidence: float = 0.95
+) -> Interval:
+    """Score interval of the share of ones in `first` minus that in `second` (N,), paired: never of width 0, in [-1, 1].
+
+    Tango's (1998): with w the rate at which `first` wins, ties counting a half, the difference is 2 w - 1, and the
+    limits are those of `trinomial_interval`. Several values of a cluster are inflated by their `design_effect` and,
+    as that is estimated from G clusters, by (t / z)^2: Student's quantile of G - 1 degrees of freedom for the normal's.
+
+    Raises:
+        ValueError: as `clustered_interval`, other shapes, or a value that is neither 0 nor 1.
+    """
+    one, other = (finite_array(x, name=name, ndim=1) for x, name in ((first, "first"), (second, "second")))
+    if one.shape != other.shape or not np.isin([one, other], (0.0, 1.0)).all():
+        raise ValueError(f"{one.size} values are paired with {other.size}; give as many of both, each 0 or 1")
+    outcomes, codes, num_clusters = _grouped((one - other + 1.0) / 2.0, clusters)
+    effect = design_effect(outcomes, codes)
+    if num_clusters < outcomes.size:
+        tail = tail_probability(confidence)
+        effect *= (float(stats.t.isf(tail, num_clusters - 1)) / float(stats.norm.isf(tail))) ** 2
+    wins, ties, losses = (int((outcomes == value).sum()) for value in (1.0, 0.5, 0.0))
+    low, high = trinomial_interval(wins, ties, losses, confidence, effect)
+    return Interval(
+        mean=(wins - losses) / outcomes.size,
+        low=2.0 * low - 1.0,
+        high=2.0 * high - 1.0,
+        standard_error=_standard_error(2.0 * (outcomes - outcomes.mean()), codes, num_clusters),
         df=float(num_clusters - 1),
         confidence=confidence,
     )
@@ -187,6 +221,22 @@ def mean_interval(parts: Sequence[Interval]) -> Interval:
     mean = sum(part.mean for part in parts) / len(parts)
     note = NO_SPREAD if not any(variances) else ""
     return _t_interval(mean, math.sqrt(sum(variances)) / len(parts), df, parts[0].confidence, note)
+
+
+def mean_of_bounds(parts: Sequence[Interval]) -> Interval:
+    """Interval of the plain mean of independent estimates from their own bounds, which need not be symmetric.
+
+    Each end lies from the mean by sqrt(sum of squared distances of the parts' ends) / parts (Newcombe 1998; Zou &
+    Donner 2008): within what the parts can be, and of width 0 only where all of theirs are.
+
+    Raises:
+        ValueError: none, or of different confidences.
+    """
+    overall = mean_interval(parts)
+    below = math.hypot(*(part.mean - part.low for part in parts)) / len(parts)
+    above = math.hypot(*(part.high - part.mean for part in parts)) / len(parts)
+    note = "" if below or above else NO_SPREAD
+    return replace(overall, low=overall.mean - below, high=overall.mean + above, note=note)
 
 
 def _grouped(values: npt.ArrayLike, clusters: Sequence[Hashable]) -> tuple[FloatArray, IntArray, int]:

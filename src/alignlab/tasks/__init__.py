@@ -20,6 +20,7 @@ from random import Random
 from alignlab.data.prepare import Sizes
 from alignlab.data.prepared import Split
 from alignlab.data.sets import Source
+from alignlab.registry import did_you_mean
 from alignlab.types import Completion, Example, Pair, Prompt
 
 PATIENCE = 20_000
@@ -78,7 +79,8 @@ def get_task(name: str) -> Task:
     """The task of that name. Raises ValueError naming the ones there are."""
     names = sorted(module.name for module in pkgutil.iter_modules(__path__) if not module.name.startswith("_"))
     if name not in names:
-        raise ValueError(f"no task is named {name!r}; there are: {', '.join(names)}")
+        parts = (f"no task is named {name!r}", did_you_mean(name, names), f"there are: {', '.join(names)}")
+        raise ValueError("; ".join(filter(None, parts)))
     task: Task = import_module(f"{__name__}.{name}").TASK
     return task
 

@@ -37,7 +37,7 @@ class Settings:
     """What measures can be told."""
 
     encoder: str = ""
-    """bertscore: folder or hub id of the encoder."""
+    """bertscore: folder or hub id of the encoder, or `minilm`."""
     layer: int | None = None
     """bertscore: which of its hidden layers; None = the last."""
     word_limit: int = 60

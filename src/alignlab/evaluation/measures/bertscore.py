@@ -12,17 +12,15 @@ an empty completion with transformers 5, so the few lines are here. Numbers of d
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import lru_cache
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
-import transformers
 from torch import Tensor
 
 from alignlab.errors import UserError
 from alignlab.evaluation.measures import Answers, Found, Measure, Settings
 from alignlab.evaluation.measures._references import on_references
+from alignlab.rewards._texts import Reader, find, read
 
 ROWS = 64
 """Texts in one forward pass."""
@@ -42,7 +40,7 @@ def bertscore(
     """One score a text; (0, 0, 0) where the text or its reference is empty.
 
     Args:
-        encoder: folder or hub id of an encoder (a `transformers` model with its tokenizer).
+        encoder: folder or hub id of an encoder (a `transformers` model with its tokenizer), or `minilm`.
         layer: which hidden layer's vectors; 1 is the first, None the last.
 
     Raises:
@@ -71,8 +69,8 @@ def _match(text: Vectors, reference: Vectors) -> BertScore:
 
 @torch.no_grad()
 def _embed(texts: Sequence[str], encoder: str, layer: int | None) -> list[tuple[str, Vectors]]:
-    tokenizer, model = load_encoder(encoder)
-    longest = min(tokenizer.model_max_length, model.config.max_position_embeddings)
+    reader = load_encoder(encoder)
+    tokenizer, model, longest = reader.tokenizer, reader.model, reader.window
     found: list[tuple[str, Vectors]] = []
     by_length = sorted(texts, key=len)
     for start in range(0, len(by_length), ROWS):
@@ -92,32 +90,23 @@ def _embed(texts: Sequence[str], encoder: str, layer: int | None) -> list[tuple[
     return found
 
 
-@lru_cache(maxsize=2)
-def load_encoder(name: str) -> tuple[Any, Any]:
-    """Tokenizer and model, from a folder or the hub; no code of the model's is run and no pickle read.
+def load_encoder(name: str) -> Reader:
+    """Tokenizer and model, from a folder or the hub, or `minilm`, as rewards have it; on the CPU.
 
     Raises:
         UserError: there is none, or it is no encoder that can be used.
     """
-    folder = Path(name).expanduser()
-    where = str(folder) if folder.is_dir() else name
-    if not folder.is_dir() and (folder.is_absolute() or name.startswith((".", "~"))):
-        raise UserError(f"encoder {name!r}: no such folder; name the folder of a transformers encoder, or a hub id")
     try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(where, trust_remote_code=False)
-        model = transformers.AutoModel.from_pretrained(where, trust_remote_code=False, use_safetensors=True)
-    except Exception as error:  # of the hub's client, or of whichever library reads the files
-        what = " ".join(str(error).split())[:160]
-        raise UserError(
-            f"encoder {name!r} cannot be loaded ({type(error).__name__}: {what}); name the folder of a transformers "
-            "encoder with its tokenizer, or a hub id that is reachable"
-        ) from error
-    return tokenizer, model.eval()
+        return read(find(name), "encoder", "cpu")
+    except UserError as error:
+        raise UserError(f"measure bertscore: encoder: {error}") from error
 
 
 def _check(settings: Settings) -> None:
     if not settings.encoder:
-        raise UserError("measure bertscore: no encoder; name a folder or hub id (--encoder, evaluation.encoder)")
+        raise UserError(
+            "measure bertscore: no encoder; name a folder, a hub id or minilm (--encoder, evaluation.encoder)"
+        )
     load_encoder(settings.encoder)
 
 
