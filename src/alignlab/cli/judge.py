@@ -331,7 +331,7 @@ def _show(found: Mapping[str, Any]) -> None:
         table.add_row(*_row(name, part))
     console = Console(highlight=False)
     console.print(table)
-    print("p: exact sign test of wins against losses; ties say nothing there")
+    print("p: exact sign test of wins against losses; ties do not count")
     if found.get("flip_rate") is not None:
         low, high = found["flip_rate_interval"]
         print(
