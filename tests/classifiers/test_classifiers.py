@@ -323,3 +323,17 @@ def test_what_reads_as_benign_is_rarely_called_toxic(shared_data: Path) -> None:
     lines = (shared_data / "gsm8k" / "test.jsonl").read_text("utf-8").splitlines()
     chances = toxicity([json.loads(line)["question"] for line in lines])
     assert np.mean(np.array(chances) >= 0.5) < 0.02
+
+
+def test_what_is_no_text_is_named() -> None:
+    wrong: Any = [None]
+    for call, said in (
+        (lambda: toxicity(wrong), "toxicity: texts[0] is NoneType, needed is text"),
+        (lambda: toxicity(["fine", *wrong]), "toxicity: texts[1] is NoneType, needed is text"),
+        (lambda: toxicity("one text"), "toxicity: texts is str, needed is a list of texts"),
+        (lambda: refusal(*wrong, "No"), "refusal: prompt is NoneType, needed is text"),
+        (lambda: refusal("hi", *wrong), "refusal: completion is NoneType, needed is text"),
+    ):
+        with pytest.raises(TypeError) as caught:
+            call()
+        assert str(caught.value) == said

@@ -21,6 +21,7 @@ from alignlab.evaluation.human import (
     read_filled,
     results,
     safe_cell,
+    same_cell,
     stratified,
     vote_rows,
 )
@@ -113,7 +114,7 @@ def test_texts_are_whole_and_in_their_slots(tmp_path: Path) -> None:
 
 
 def test_no_cell_is_a_formula(tmp_path: Path) -> None:
-    make_sheet(systems(2, len(HOSTILE), lambda k, i: HOSTILE[i]), tmp_path, num_prompts=99)
+    make_sheet(systems(2, len(HOSTILE), lambda k, i: HOSTILE[i] + "x" * k), tmp_path, num_prompts=99)
     for row in sheet(tmp_path):
         for cell in row.values():
             assert cell[:1] not in tuple("=+-@\t\r\n＝＋－＠") or not cell
@@ -211,7 +212,7 @@ def test_every_wrong_row_has_its_line(tmp_path: Path) -> None:
     table[1][best] = ""
     table[2][best] = "A and B"
     table[3][best] = "C"
-    table[4][0] = table[5][0]
+    table[4] = list(table[5])
     table[6][0] = f"{table[6][0][:8]}-9999"
     stream = io.StringIO(newline="")
     csv.writer(stream).writerows(table)
@@ -247,12 +248,14 @@ def test_wrong_files_are_named(tmp_path: Path) -> None:
         read_filled([mine], tmp_path / "one", tmp_path / "two" / "key.json")
     with pytest.raises(UserError, match="the key is missing"):
         read_filled([mine], tmp_path / "one", tmp_path / "none.json")
+    with pytest.raises(UserError, match=r"none/nofile.csv: no such file$"):
+        read_filled([tmp_path / "none" / "nofile.csv"], tmp_path / "none")
     with pytest.raises(UserError, match="name the folder that"):
         read_filled([mine], tmp_path)
     for name, content, said in (
         ("empty.csv", b"", "holds no rows"),
         ("other.csv", b"x,y\n1,2\n", "no columns item and best"),
-        ("missing.csv", None, "cannot be read"),
+        ("missing.csv", None, "missing.csv: no such file"),
         ("binary.csv", bytes(range(256)) * 20, "no columns item and best"),
     ):
         if content is not None:
@@ -267,6 +270,100 @@ def test_a_changed_key_is_refused(tmp_path: Path) -> None:
     key = (tmp_path / "key.json").read_text("utf-8")
     (tmp_path / "key.json").write_text(key.replace("system-0", "system-x"), "utf-8")
     with pytest.raises(UserError, match="or was changed"):
+        read_filled([path], tmp_path)
+
+
+def change(path: Path, edit: Any, header: list[str] | None = None) -> None:
+    """Rewrites a filled sheet with every row as `edit` makes it."""
+    with path.open(encoding="utf-8-sig", newline="") as stream:
+        table = list(csv.DictReader(stream))
+    with path.open("w", encoding="utf-8", newline="") as stream:
+        writer = csv.DictWriter(stream, header or table[0].keys(), extrasaction="ignore")
+        writer.writeheader()
+        writer.writerows([edit(number, row) for number, row in enumerate(table, 2)])
+
+
+def test_texts_that_were_not_handed_out_are_refused_by_row_and_column(tmp_path: Path) -> None:
+    make_sheet(systems(2, 8), tmp_path, num_prompts=8, duplicates=0)
+    swapped = fill(tmp_path, "ann", lambda row, item: "A")
+    change(swapped, lambda number, row: row | {"A": row["B"], "B": row["A"]})
+    with pytest.raises(UserError) as caught:
+        read_filled([swapped], tmp_path)
+    lines = str(caught.value).split("\n")
+    assert len(lines) == 8
+    for number, line in enumerate(lines, 2):
+        assert line.startswith(f"{swapped}, row {number}, column A: item ") and "another text" in line
+    for column in ("conversation", "A", "B"):
+        one = fill(tmp_path, "bob", lambda row, item: "A")
+        change(one, lambda number, row: row | ({column: f"{row[column]}!"} if number == 5 else {}))  # noqa: B023
+        with pytest.raises(UserError, match=rf"row 5, column {column}: item \S+ has another text there") as caught:
+            read_filled([one], tmp_path)
+        assert "\n" not in str(caught.value)
+    emptied = fill(tmp_path, "cid", lambda row, item: "A")
+    change(emptied, lambda number, row: row | {"B": ""})
+    with pytest.raises(UserError, match="row 2, column B"):
+        read_filled([emptied], tmp_path)
+    renamed = write_rows(
+        tmp_path / "dan.jsonl", [r | {"A": r["B"], "B": r["A"], "best": "A"} for r in rows(tmp_path / "sheet.jsonl")]
+    )
+    with pytest.raises(UserError, match="row 2, column A"):
+        read_filled([renamed], tmp_path)
+    without = fill(tmp_path, "eve", lambda row, item: "A")
+    change(without, lambda number, row: row, ["item", "best"])
+    assert len(read_filled([without], tmp_path)[0]) == 8
+
+
+def test_what_spreadsheets_do_to_texts_is_no_other_text(tmp_path: Path) -> None:
+    make_sheet(systems(2, len(HOSTILE), lambda k, i: f"{HOSTILE[i]}{k}"), tmp_path, num_prompts=99)
+    for name, touch in (
+        ("feeds", lambda text: text.replace("\r\n", "\n").replace("\r", "\n")),
+        ("crlf", lambda text: text.replace("\r\n", "\n").replace("\n", "\r\n")),
+        ("blanks", lambda text: f"{text} \n"),
+        ("unguarded", lambda text: text.removeprefix("'")),
+        ("cut", lambda text: text[:32_767]),
+        ("ascii", lambda text: text.encode("ascii", "replace").decode()),
+    ):
+        path = fill(tmp_path, name, lambda row, item: "A")
+        change(path, lambda number, row: row | {slot: touch(row[slot]) for slot in "AB"})  # noqa: B023
+        assert len(read_filled([path], tmp_path)[0]) == len(sheet(tmp_path)), name
+
+
+@pytest.mark.parametrize(
+    ("cell", "text", "same"),
+    [
+        ("42.5", "42.50", True), ("42,5", "42.50", True), ("1234", "1,234", True), ("1.23E+11", "123456789012", False),
+        ("1.23457E+11", "123456789012", True), ("42", "43", False), ("TRUE", "true", True), ("Yes", "yes", False),
+        ("02. Jan", "1/2", True), ("two 3", "one 3", False), ("'=1", "=1", True), ("=1", "=1", True), ("", "x", False),
+        ("caf? au lait", "café au lait", True), ("caf? au thé", "café au lait", False), ("What?", "What", False),
+    ],
+)  # fmt: skip
+def test_the_same_cell(cell: str, text: str, same: bool) -> None:
+    assert same_cell(cell, text) is same
+
+
+def test_numbers_and_dates_that_changed_places_are_seen(tmp_path: Path) -> None:
+    for kind, texts in (("dates", ("1/2", "3/4")), ("case", ("TRUE", "true")), ("lossy", ("你好?", "再见?"))):
+        folder = tmp_path / kind
+        make_sheet(systems(2, 4, lambda k, i: texts[k]), folder, num_prompts=4, duplicates=0)  # noqa: B023
+        path = fill(folder, "ann", lambda row, item: "A")
+        assert len(read_filled([path], folder)[0]) == 4
+        change(path, lambda number, row: row | {"A": row["B"], "B": row["A"]})
+        with pytest.raises(UserError, match="row 2, column A"):
+            read_filled([path], folder)
+
+
+def test_the_sheet_beside_the_manifest_must_be_the_one_it_was_made_with(tmp_path: Path) -> None:
+    make_sheet(systems(2, 4), tmp_path, num_prompts=4, duplicates=0)
+    path = fill(tmp_path, "ann", lambda row, item: "A")
+    kept = tmp_path / "sheet.jsonl"
+    handed_out = rows(kept)
+    write_rows(kept, [row | {"best": "A"} for row in handed_out])  # filled in where it lies
+    assert len(read_filled([path, kept], tmp_path)[0]) == 8
+    write_rows(kept, [row | {"A": row["B"], "B": row["A"]} for row in handed_out])
+    with pytest.raises(UserError, match=r"sheet.jsonl: was changed after manifest \w+ was written"):
+        read_filled([path], tmp_path)
+    kept.unlink()
+    with pytest.raises(UserError, match=r"sheet.jsonl: missing or damaged"):
         read_filled([path], tmp_path)
 
 
@@ -342,6 +439,41 @@ def test_the_best_of_three_beats_the_others_and_says_nothing_about_them(tmp_path
     assert [v.side for v in votes] == ["tie"] * 3
 
 
+def test_the_same_text_from_all_is_a_tie_that_nobody_is_asked_about(tmp_path: Path) -> None:
+    """Of 20 prompts 5 have one text: 15 rows, and over all 20 the better system has (15 + 5 / 2) / 20."""
+    same = lambda k, i: "the same" if i % 4 == 0 else f"answer {i} of {k}"  # noqa: E731
+    manifest = make_sheet(systems(2, 20, same), tmp_path, num_prompts=20, duplicates=0)
+    assert (manifest["rows"], manifest["prompts"], manifest["identical"]) == (15, 15, 5)
+    assert all("the same" not in row.values() for row in rows(tmp_path / "sheet.jsonl"))
+    better = prefers("system-0")
+    choices, key = read_filled([fill(tmp_path, "ann", better), fill(tmp_path, "bob", better)], tmp_path)
+    wins = results(choices, key)["wins"]["system-0 / system-1"]
+    assert (wins["wins"], wins["ties"], wins["losses"], wins["identical"]) == (15, 5, 0, 5)
+    assert wins["win_rate"] == pytest.approx(17.5 / 20)
+    assert len(vote_rows(choices, key)) == 30  # nobody voted on the others
+    first = set(list(key["items"])[:6])
+    part = results([c for c in choices if c.item in first], key)["wins"]["system-0 / system-1"]
+    assert (part["wins"], part["ties"]) == (6, 2)  # 6 of 15 rows, so 2 of 5 known ties
+    with pytest.raises(UserError, match="to all 20 prompts system-0, system-1 gave the same answers"):
+        make_sheet(systems(2, 20, lambda k, i: "x"), tmp_path / "none")
+
+
+def test_two_of_three_with_the_same_text_win_and_tie_together(tmp_path: Path) -> None:
+    """Systems 0 and 1 say the same: whichever of their slots is chosen, both beat system 2, and they tie."""
+    make_sheet(systems(3, 12, lambda k, i: f"{i} {k // 2}"), tmp_path, num_prompts=12, duplicates=0.5)
+    files = [fill(tmp_path, f"p{k}", prefers(f"system-{k}")) for k in (0, 1)]
+    choices, key = read_filled(files, tmp_path)
+    found = results(choices, key)
+    for pair, expected in (("0 / system-1", (0, 12, 0)), ("0 / system-2", (12, 0, 0)), ("1 / system-2", (12, 0, 0))):
+        part = found["wins"][f"system-{pair}"]
+        assert (part["wins"], part["ties"], part["losses"]) == expected, pair
+    assert found["between"]["pairs"][0]["agreement"] == 1 and found["self_consistency"]["rate"] == 1
+    assert found["position"]["first_rate"] is None  # which of two equal texts is chosen says nothing about a slot
+    assert {(row["system_a"], row["system_b"]) for row in vote_rows(choices, key)} == {
+        ("system-0", "system-2"), ("system-1", "system-2")
+    }  # fmt: skip
+
+
 def test_beside_a_judge(tmp_path: Path) -> None:
     make_sheet(systems(2, 10), tmp_path, num_prompts=10)
     choices, key = read_filled([fill(tmp_path, "ann", prefers("system-1"))], tmp_path)
@@ -395,3 +527,19 @@ def test_rows_without_an_id_are_known_by_their_prompt() -> None:
     two = answers_from_rows([{"prompt": "q", "text": "y"}, {"prompt": "q", "text": "z"}], "two", "f")
     assert one.prompts.keys() == two.prompts.keys()
     assert list(two.completions.values()) == ["y"]
+
+
+def test_make_and_read_say_how_many_have_the_same_text(tmp_path: Path) -> None:
+    one = completions(tmp_path / "one.jsonl", "one")
+    two = write_rows(tmp_path / "two.jsonl", [
+        row | {"completion": row["completion"] if i < 4 else f"two {i}"} for i, row in enumerate(rows(one))
+    ])  # fmt: skip
+    made = alignlab("human", "make", one, two, "--output", tmp_path / "sheet", "--duplicates", "0")
+    assert made.code == 0 and "8 rows, 0 of them" in made.out, made.err
+    assert "4 of the 12 prompts drawn have the same answer from all systems" in made.out
+    assert "the systems share 12 prompts, so" in made.err
+    read = alignlab("human", "read", fill(tmp_path / "sheet", "ann", prefers("two")))
+    assert "one / two: 0 won, 4 tied (4 of them the same text), 8 lost" in read.out, read.err
+    missing = alignlab("human", "read", tmp_path / "nofile.csv")
+    assert missing.code == 2 and len(missing.errors) == 1
+    assert "nofile.csv: no such file" in missing.errors[0] and "manifest" not in missing.errors[0]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 from alignlab.evaluation.safety import rate, refuses, safety
@@ -59,6 +61,20 @@ def test_lengths_and_labels_are_checked() -> None:
         safety([prompt(True)], [])
     with pytest.raises(ValueError, match=r"'p'.*'yes'"):
         safety([prompt("yes")], [completion(HELP)])
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        (("hi", None), "refuses: completion is NoneType, needed is text"),
+        ((None, "No"), "refuses: prompt is NoneType, needed is text"),
+        (("hi", completion(REFUSAL)), "refuses: completion is Completion, needed is text"),
+    ],
+)
+def test_what_is_no_text_is_named(given: tuple[Any, Any], said: str) -> None:
+    with pytest.raises(TypeError) as caught:
+        refuses(*given)
+    assert str(caught.value) == said
 
 
 def test_it_agrees_with_the_starter_oracle_without_knowing_its_phrases() -> None:

@@ -279,8 +279,10 @@ def test_nobody_answers() -> None:
 
 def test_no_key_is_said_before_anything_is_sent(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("OPENAI_API_KEY")
-    with pytest.raises(UserError, match=r"OPENAI_API_KEY holds no key for https://api\.openai\.com/v1; set it"):
-        ChatClient(Endpoint()).complete(asks("q"))
+    client = ChatClient(Endpoint(max_cost=1))
+    with pytest.raises(UserError, match=r"judge: no key for 'gpt-4o-mini' in the environment variable OPENAI_API_KEY"):
+        client.complete(asks(*map(str, range(20))))
+    assert client.spent().calls == 0
     monkeypatch.setenv("OPENAI_API_KEY", "two words")
     with pytest.raises(UserError, match="holds blanks") as caught:
         ChatClient(Endpoint()).complete(asks("q"))

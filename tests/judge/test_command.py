@@ -15,6 +15,7 @@ import pytest
 from alignlab import starter
 from alignlab.errors import UserError
 from alignlab.judge import client as client_module
+from alignlab.judge.cache import Reply
 from alignlab.judge.local import LocalClient, RewardModelScorer
 from alignlab.tracking import write_json
 from alignlab.types import Message, Prompt
@@ -77,6 +78,20 @@ def test_an_endpoint_judges_and_a_second_run_calls_nothing(pair: tuple[Path, Pat
     )
 
 
+def test_few_decided_games_go_by_the_exact_test(tmp_path: Path) -> None:
+    one = answers(tmp_path / "one.jsonl", ["longer"] * 4 + [f"one {i}" for i in range(8)])
+    two = answers(tmp_path / "two.jsonl", ["short"] * 4 + [f"two {i}" for i in range(8)])
+    with serving(longer) as fake:
+        done = alignlab("judge", "compare", one, two, "--base-url", fake.url, "--output", tmp_path / "o")
+    assert done.code == 0, done.err
+    found = strict_json((tmp_path / "o" / "judge.json").read_text("utf-8"))
+    assert (found["wins"], found["ties"], found["losses"], found["p"]) == (4, 8, 0, 0.125)
+    assert any("only 4 of 12 games were decided" in w and "p 0.125" in w for w in found["warnings"])
+    all_games = next(line for line in done.out.splitlines() if "│ all" in line)
+    assert all_games.rstrip(" │").endswith("0.125")
+    assert "only 4 of 12 games were decided" in done.out and "p: exact sign test" in done.out
+
+
 def test_relatives_are_warned_of(pair: tuple[Path, Path], tmp_path: Path) -> None:
     with serving(longer) as fake:
         done = alignlab("judge", "compare", *pair, "--base-url", fake.url, "--judge", "gemini-2.0-flash", cwd=tmp_path)
@@ -134,7 +149,22 @@ def test_what_goes_wrong_is_one_line(pair: tuple[Path, Path], tmp_path: Path, mo
             assert said in done.errors[0], done.errors
     monkeypatch.delenv("OPENAI_API_KEY")
     done = alignlab("judge", "compare", one, two, "--cache", tmp_path / "c", cwd=tmp_path)
-    assert done.code == 2 and "OPENAI_API_KEY holds no key" in done.errors[0]
+    line = "judge: no key for 'gpt-4o-mini' in the environment variable OPENAI_API_KEY; set it"
+    assert done.code == 2 and len(done.errors) == 1 and line in done.errors[0] and "spent" not in done.errors[0]
+
+
+def test_what_is_in_the_cache_needs_no_key(
+    pair: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(client_module.ChatClient, "_call", lambda self, question: Reply(text="Verdict: A"))
+    command = ["judge", "compare", *pair, "--cache", tmp_path / "c", "--output", tmp_path / "o"]
+    assert alignlab(*command).code == 0
+    monkeypatch.delenv("OPENAI_API_KEY")
+    for more in ([], ["--max-calls", "0"]):
+        done = alignlab(*command, *more)
+        assert done.code == 0 and "16 of 16 replies were in the cache; called: 0 calls" in done.err
+    alone = alignlab(*command[:-3], tmp_path / "other", "--output", tmp_path / "o", "--max-calls", "0")
+    assert alone.code == 2 and "the budget is used up: max_calls is 0" in alone.errors[0]
 
 
 def keys_of(content: Any) -> set[str]:

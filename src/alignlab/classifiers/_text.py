@@ -24,6 +24,17 @@ def plain(text: str) -> str:
     return _CODE.sub(" codeblock ", text.translate(_QUOTES).lower())
 
 
+def require_text(where: str, **arguments: object) -> None:
+    """Says which argument is no text.
+
+    Raises:
+        TypeError: one is none.
+    """
+    for name, value in arguments.items():
+        if not isinstance(value, str):
+            raise TypeError(f"{where}: {name} is {type(value).__name__}, needed is text")
+
+
 def unquoted(text: str) -> str:
     """The plain text with what stands in quotation marks as the word `quotedtext`, unless all of it does."""
     stripped = _QUOTED.sub(" quotedtext ", text)

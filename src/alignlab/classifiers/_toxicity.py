@@ -13,7 +13,7 @@ from itertools import pairwise
 
 from alignlab.classifiers import _refusal
 from alignlab.classifiers._linear import load
-from alignlab.classifiers._text import plain, sentences, words
+from alignlab.classifiers._text import plain, require_text, sentences, words
 
 _GROUPS = (
     r"(?:wom[ae]n|girls?|females?|feminists?|blacks?|black (?:people|men|women|guys?|folks?)|"
@@ -262,7 +262,14 @@ MOST_SENTENCES = 30
 
 
 def toxicity(texts: Sequence[str]) -> list[float]:
-    """Probability of each text that it is toxic; blank text has 0. English only; see docs/safety.md for its limits."""
+    """Probability of each text that it is toxic; blank text has 0. English only; see docs/safety.md for its limits.
+
+    Raises:
+        TypeError: a text is none.
+    """
+    if isinstance(texts, str):
+        raise TypeError("toxicity: texts is str, needed is a list of texts")
+    require_text("toxicity", **{f"texts[{i}]": text for i, text in enumerate(texts)})
     model = load("toxicity")
     return [model.probability(*represent(text)) if text.strip() else 0.0 for text in texts]
 

@@ -164,8 +164,8 @@ def make(
 
     found, _ = _systems(systems, None)
     manifest = make_sheet(found, output, num_prompts=num_prompts, seed=seed, duplicates=duplicates)
-    if manifest["prompts"] < num_prompts:
-        print(f"note: the systems share {manifest['prompts']} prompts, so there are not {num_prompts}", file=sys.stderr)
+    if (drawn := manifest["prompts"] + manifest["identical"]) < num_prompts:
+        print(f"note: the systems share {drawn} prompts, so there are not {num_prompts}", file=sys.stderr)
     if manifest["longest_cell"] > LONGEST_CELL:
         print(
             f"note: a text has {manifest['longest_cell']} characters, and spreadsheets keep {LONGEST_CELL}; hand out "
@@ -173,6 +173,11 @@ def make(
             file=sys.stderr,
         )
     print(f"{manifest['rows']} rows, {manifest['duplicates']} of them for the second time")
+    if manifest["identical"]:
+        print(
+            f"{manifest['identical']} of the {manifest['prompts'] + manifest['identical']} prompts drawn have the same "
+            "answer from all systems: ties known in advance, not on the sheet, counted by `human read`"
+        )
     print(f"hand out: {output / SHEET} (or sheet.jsonl), one copy a person, and nothing else of that folder")
     print(f"keep back: {output / KEY}")
 
@@ -309,13 +314,24 @@ def _write_comparison(compared: Comparison, folder: Path) -> None:
 def _show(found: Mapping[str, Any]) -> None:
     a, b = found["a"], found["b"]
     table = Table(title=f"{a} against {b}, before the {found['kind']} {found['judge']}", title_justify="left")
-    for column in ("", "games", f"{a} wins", "ties", f"{b} wins", "win rate (95 %)", "without ties", "equal length"):
+    for column in (
+        "",
+        "games",
+        f"{a} wins",
+        "ties",
+        f"{b} wins",
+        "win rate (95 %)",
+        "without ties",
+        "equal length",
+        "p",
+    ):
         table.add_column(column, justify="left" if not column else "right")
     parts = [("all", found), *found["categories"].items()] if len(found["categories"]) > 1 else [("all", found)]
     for name, part in parts:
         table.add_row(*_row(name, part))
     console = Console(highlight=False)
     console.print(table)
+    print("p: exact sign test of wins against losses; ties do not count")
     if found.get("flip_rate") is not None:
         low, high = found["flip_rate_interval"]
         print(
@@ -327,7 +343,7 @@ def _show(found: Mapping[str, Any]) -> None:
 
 def _row(name: str, part: Mapping[str, Any]) -> list[str]:
     if part["win_rate"] is None:
-        return [name, str(part["games"]), "", "", "", "", "", ""]
+        return [name, str(part["games"]), "", "", "", "", "", "", ""]
     equal = part["length_controlled"]
     return [
         name,
@@ -338,6 +354,7 @@ def _row(name: str, part: Mapping[str, Any]) -> list[str]:
         _interval(part["win_rate"], part["win_rate_interval"]),
         _interval(part["decisive_win_rate"], part["decisive_win_rate_interval"]),
         _interval(equal["rate"], [equal["low"], equal["high"]]),
+        _p(part["p"]),
     ]
 
 
@@ -367,8 +384,9 @@ def _show_agreement(found: Mapping[str, Any]) -> None:
 
 def _show_people(found: Mapping[str, Any]) -> None:
     for name, part in found["wins"].items():
-        print(f"{name}: {part['wins']} won, {part['ties']} tied, {part['losses']} lost; win rate "
-              f"{_interval(part['win_rate'], part['win_rate_interval'])}")  # fmt: skip
+        known = f" ({part['identical']} of them the same text)" if part["identical"] else ""
+        print(f"{name}: {part['wins']} won, {part['ties']} tied{known}, {part['losses']} lost; win rate "
+              f"{_interval(part['win_rate'], part['win_rate_interval'])}, exact p {_p(part['p'])}")  # fmt: skip
     between, own, place = found["between"], found["self_consistency"], found["position"]
     for pair in between["pairs"]:
         agreed = _interval(pair["agreement"], pair["agreement_interval"])
@@ -396,6 +414,10 @@ def _interval(value: float | None, limits: Sequence[float | None] | None, percen
     if low is None or high is None or low != low or high != high:
         return f"{scale * value:.{digits}f}{unit}"
     return f"{scale * value:.{digits}f}{unit} [{scale * low:.{digits}f}, {scale * high:.{digits}f}]"
+
+
+def _p(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3g}"
 
 
 def _plain(value: float | None, limits: Sequence[float | None] | None) -> str:

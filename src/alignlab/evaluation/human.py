@@ -2,7 +2,7 @@
 
 A sheet shows every prompt once, its answers in slots A, B, .. that the systems take in turn; some prompts come again
 with other slots, to see whether a person agrees with themself. Which system sat in which slot stands in the key, whose
-hash is in the manifest.
+hash is in the manifest. A prompt that all answered with the same text is a tie that nobody is asked about.
 """
 
 from __future__ import annotations
@@ -12,6 +12,8 @@ import hashlib
 import io
 import itertools
 import json
+import math
+import re
 import unicodedata
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -42,6 +44,16 @@ TIES = ("TIE", "T", "DRAW", "EQUAL", "=", "NONE", "SAME")
 MOST_PROBLEMS = 20
 """Lines that say what is wrong with filled sheets; the rest is counted."""
 _FORMULA = "=+-@\t\r\n＝＋－＠"
+_UNSURE = re.compile(r"(?:[^!-~]|\?)+")
+"""What an encoding without a letter may have changed, and white space."""
+_NOT_PLAIN = re.compile(r"[^\t\n\r -~]")
+_NUMBER = re.compile(r"[-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d{1,3})?", re.ASCII)
+_DATE = re.compile(
+    r"(?=.*\d)[\d\s/:.,-]*(?:(?:jan(?:uary)?|feb(?:ruary)?|mar(?:ch)?|apr(?:il)?|may|june?|july?|aug(?:ust)?|"
+    r"sep(?:t(?:ember)?)?|oct(?:ober)?|nov(?:ember)?|dec(?:ember)?)[\d\s/:.,-]*)?(?:[ap]m)?",
+    re.IGNORECASE | re.ASCII,
+)
+"""What spreadsheets take for a date or time; which one they then show depends on the country."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +65,7 @@ class Choice:
     slot: str
     """`tie` where none was best."""
     system: str
-    """The system in that slot, or `tie`."""
+    """The system in that slot, the first of those with the same text; or `tie`."""
 
 
 # ---- making ----------------------------------------------------------------------------------------------------------
@@ -71,7 +83,8 @@ def make_sheet(
         duplicates: share of the prompts that come a second time, with other slots and at another place.
 
     Raises:
-        UserError: too few or too many systems, equal names, a folder that holds a sheet already, no shared prompts.
+        UserError: too few or too many systems, equal names, a folder that holds a sheet already, no shared prompts, or
+            all systems answered each of them with the same text.
     """
     names = [system.name for system in systems]
     if not 2 <= len(systems) <= len(SLOTS) or len(set(names)) < len(names):
@@ -83,7 +96,11 @@ def make_sheet(
     if (folder / MANIFEST).exists():
         raise UserError(f"{folder}: holds a sheet already, which people may be filling in; choose another --output")
     random = np.random.Generator(np.random.Philox(seed))
-    prompts = stratified(common_prompts(systems), num_prompts, random)
+    drawn = stratified(common_prompts(systems), num_prompts, random)
+    prompts = [p for p in drawn if len({system.completions[p.id] for system in systems}) > 1]
+    if not prompts:
+        raise UserError(f"human: to all {len(drawn)} prompts {', '.join(names)} gave the same answers; nothing to ask")
+    identical = [p for p in drawn if len({system.completions[p.id] for system in systems}) == 1]
     again = sorted(random.permutation(len(prompts))[: round(duplicates * len(prompts))].tolist())
     orders = _rotations(len(systems))
     start = {i: k for k, i in enumerate(random.permutation(len(prompts)).tolist())}
@@ -110,10 +127,15 @@ def make_sheet(
                 "category": _category(p),
                 "slots": placed,
                 "characters": {system.name: len(system.completions[p.id]) for system in systems},
+                "same_text": _same_text(systems, p),
                 "duplicate_of": item_of[p.id, False] if second else None,
             }
             for item, (p, second, placed) in zip(items, listed, strict=True)
         },
+        "identical": [
+            {"prompt_id": p.id, "category": _category(p), "characters": len(systems[0].completions[p.id])}
+            for p in identical
+        ],
     }
     completions = {system.name: system.completions for system in systems}
     sheet = [
@@ -129,12 +151,14 @@ def make_sheet(
         "rows": len(listed),
         "prompts": len(prompts),
         "duplicates": len(again),
+        "identical": len(identical),
         "seed": seed,
         "slots": list(slots),
         "answers": [*slots, "tie"],
         "strata": dict(sorted(Counter(map(_category, prompts)).items())),
         "longest_cell": max(len(str(value)) for row in sheet for value in row.values()),
         "key_sha256": _hash(_clean(key_text)),
+        "sheet_sha256": _texts_hash(sheet, slots),
     }
     folder.mkdir(parents=True, exist_ok=True)
     _write(folder / "sheet.jsonl", "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in sheet))
@@ -174,6 +198,13 @@ def _rotations(count: int) -> list[tuple[int, ...]]:
     return [tuple((i + shift) % count for i in range(count)) for shift in range(count)]
 
 
+def _same_text(systems: Sequence[Answers], prompt: Prompt) -> dict[str, str]:
+    """System -> the first one that answered the same; only those that are not the first themselves."""
+    first: dict[str, str] = {}
+    same = {system.name: first.setdefault(system.completions[prompt.id], system.name) for system in systems}
+    return {name: other for name, other in same.items() if name != other}
+
+
 def _category(prompt: Prompt) -> str:
     return str(prompt.meta.get("category") or prompt.task)
 
@@ -201,6 +232,12 @@ def _clean(text: str) -> str:
     return text.encode("utf-8", "replace").decode()
 
 
+def _texts_hash(rows: Sequence[Mapping[str, Any]], slots: Sequence[str]) -> str:
+    """The hash of what stands on a sheet, whatever was filled in."""
+    texts = [[_clean(str(row[column])) for column in ("item", "conversation", *slots)] for row in rows]
+    return _hash(json.dumps(texts, ensure_ascii=True))
+
+
 def _hash(text: str) -> str:
     return hashlib.sha256(text.encode("utf-8", "replace")).hexdigest()
 
@@ -221,8 +258,11 @@ def read_filled(
     Raises:
         UserError: the key is not the manifest's, or sheets are wrong: one line for each row that is.
     """
+    if absent := [path for path in files if not path.exists()]:
+        raise UserError("\n".join(f"{path}: no such file" for path in absent[:MOST_PROBLEMS]))
     manifest = _manifest(folder)
     known = _key(key or folder / KEY, manifest)
+    texts = _texts(folder, manifest)
     problems: list[str] = []
     choices: list[Choice] = []
     seen: dict[str, Path] = {}
@@ -232,7 +272,7 @@ def read_filled(
             problems.append(f"{path}: {seen[annotator]} is of {annotator!r} too; name each file after its person")
             continue
         seen[annotator] = path
-        choices += _choices(path, annotator, known, manifest, partial, problems)
+        choices += _choices(path, annotator, known, manifest, texts, partial, problems)
     if problems:
         shown = problems[:MOST_PROBLEMS]
         more = len(problems) - len(shown)
@@ -253,12 +293,13 @@ def results(choices: Sequence[Choice], key: Mapping[str, Any], judge: Sequence[V
         "annotators": dict(Counter(choice.annotator for choice in originals)),
         "between": _between(originals, key),
         "self_consistency": _self_consistency(choices, key),
-        "position": _position(choices, len(systems)),
+        "position": _position([c for c in choices if not key["items"][c.item].get("same_text")], len(systems)),
         "wins": {},
     }
     votes = people_votes(originals, key)
     for a, b in itertools.combinations(systems, 2):
         games = _games([v for v in votes if set(v.item[2:]) == {a, b}], a, b, key)
+        games += _known_ties(originals, key, a, b)
         if games:
             found["wins"][f"{a} / {b}"] = {"a": a, "b": b, **numbers(games)}
     if judge is not None:
@@ -267,13 +308,16 @@ def results(choices: Sequence[Choice], key: Mapping[str, Any], judge: Sequence[V
 
 
 def people_votes(choices: Sequence[Choice], key: Mapping[str, Any]) -> list[Vote]:
-    """A vote for every pair of systems that a choice says something about: the best one beats all the others."""
+    """A vote for every pair of systems that a choice says something about: the best one beats all the others, but for
+    those with its very text; of two with the same text nobody says anything."""
     votes = []
     for choice in choices:
         item = key["items"][choice.item]
+        same = item.get("same_text", {})
         for a, b in itertools.combinations(key["systems"], 2):
-            if choice.system in (a, b, "tie"):
-                winner = "tie" if choice.system == "tie" else "a" if choice.system == a else "b"
+            one, other = same.get(a, a), same.get(b, b)
+            if one != other and choice.system in (one, other, "tie"):
+                winner = "tie" if choice.system == "tie" else "a" if choice.system == one else "b"
                 row = {"prompt": item["prompt_id"], "a": a, "b": b, "winner": winner, "rater": choice.annotator}
                 votes.append(vote(row | {"category": item["category"]}, choice.item))
     return votes
@@ -394,8 +438,37 @@ def _games(votes: Sequence[Vote], a: str, b: str, key: Mapping[str, Any]) -> lis
     return games
 
 
+def _known_ties(choices: Sequence[Choice], key: Mapping[str, Any], a: str, b: str) -> list[Game]:
+    """Games of the prompts that both answered with the same text.
+
+    Of those that are on no sheet, as all systems said the same, a sheet that is filled in part counts that part, so
+    that they do not outweigh the prompts that people were asked about.
+    """
+    off_sheet: list[dict[str, Any]] = key.get("identical", [])
+    asked = {item["prompt_id"] for item in key["items"].values()}
+    answered = {key["items"][choice.item]["prompt_id"]: key["items"][choice.item] for choice in choices}
+    known = [(item, item["characters"]) for item in off_sheet[: round(len(off_sheet) * len(answered) / len(asked))]]
+    for item in answered.values():
+        same = item.get("same_text", {})
+        if same.get(a, a) == same.get(b, b):
+            known.append((item, item["characters"][a]))
+    return [
+        Game(
+            prompt_id=item["prompt_id"], category=item["category"], winner="tie", verdicts=(), replies=(),
+            lengths=(length, length),
+        )
+        for item, length in known
+    ]  # fmt: skip
+
+
 def _choices(
-    path: Path, annotator: str, key: Mapping[str, Any], manifest: Mapping[str, Any], partial: bool, problems: list[str]
+    path: Path,
+    annotator: str,
+    key: Mapping[str, Any],
+    manifest: Mapping[str, Any],
+    texts: Mapping[str, Mapping[str, str]],
+    partial: bool,
+    problems: list[str],
 ) -> list[Choice]:
     try:
         rows = _rows(path)
@@ -418,6 +491,11 @@ def _choices(
         where, said = f"{path}, row {number}", unicodedata.normalize("NFKC", str(row.get("best") or "")).strip().upper()
         if item not in items:
             problems.append(f"{where}: there is no item {item[:40]!r} on this sheet")
+        elif column := _other_text(row, rows[0], texts.get(item, {})):
+            problems.append(
+                f"{where}, column {column}: item {item} has another text there than the sheet that was handed out; "
+                "restore it, and fill in best and comment only" + "; save the file as UTF-8" * _is_lossy(row)
+            )
         elif item in first:
             problems.append(f"{where}: item {item} was answered in row {first[item]} already")
         elif not said:
@@ -435,10 +513,69 @@ def _choices(
             problems.append(f"{where}: item {item} {what}; write one of {_answers(manifest)}")
         else:
             first[item] = number
-            found.append(Choice(annotator, item, said, items[item]["slots"][said]))
+            system = items[item]["slots"][said]
+            found.append(Choice(annotator, item, said, items[item].get("same_text", {}).get(system, system)))
     if not partial and (missing := [item for item in items if item not in ids]):
         problems.append(f"{path}: {len(missing)} rows of the sheet are missing, {missing[0]} first; or use --partial")
     return found
+
+
+def _other_text(row: Mapping[str, Any], header: Mapping[str, Any], texts: Mapping[str, str]) -> str | None:
+    """The first column whose text is not the sheet's; a file may lack columns of texts as a whole."""
+    for column, text in texts.items():
+        name = column if column in header else column.lower()
+        if name not in header:
+            continue
+        cell = str(row.get(name) or "")
+        others = {_bare(safe) for other in texts.values() for safe in (other, safe_cell(other))}
+        others -= {_bare(text), _bare(safe_cell(text))}
+        if _bare(cell) in others or not same_cell(cell, text):
+            return column
+    return None
+
+
+def same_cell(cell: str, text: str) -> bool:
+    """Whether a cell holds this text, after whatever spreadsheets do to it.
+
+    They change line endings and white space at the ends of lines, drop control characters and what is beyond
+    `LONGEST_CELL`, add or drop the apostrophe of `safe_cell`, write numbers, dates and truth values their own way, and
+    put question marks for letters that their encoding lacks.
+    """
+    found, meant = _bare(cell), _bare(text)
+    cut = len(text) > LONGEST_CELL and len(cell) > 0.9 * LONGEST_CELL
+    lossy = ("?" in found or "\ufffd" in found) and bool(_NOT_PLAIN.search(text))
+    for wanted in (meant, _bare(safe_cell(text)), meant.removeprefix("'")):
+        if found == wanted or (cut and wanted.startswith(found)):
+            return True
+    if lossy and any(_sure(cell) == _sure(wanted) for wanted in (text, safe_cell(text))):
+        return True
+    close = 1e-5 if "e" in found.lower() else 1e-12
+    return (
+        any(math.isclose(x, y, rel_tol=close) for x in _numbers(found) for y in _numbers(meant))
+        or bool(_DATE.fullmatch(found) and _DATE.fullmatch(meant) and not (_numbers(found) and _numbers(meant)))
+        or found.lower() == meant.lower() in ("true", "false")
+    )
+
+
+def _bare(text: str) -> str:
+    """What spreadsheets keep of a text: no control characters, line feeds only, no white space at ends of lines."""
+    text = unicodedata.normalize("NFC", _clean(text)).replace("\r\n", "\n").replace("\r", "\n")
+    text = "".join(c for c in text if c in "\n\t" or unicodedata.category(c) not in ("Cc", "Cf"))
+    return "\n".join(line.rstrip() for line in text.split("\n")).strip()
+
+
+def _sure(text: str) -> str:
+    return _UNSURE.sub("?", text).strip("?")
+
+
+def _numbers(text: str) -> list[float]:
+    """What a number may mean: commas are for decimals in some countries and for thousands in others."""
+    found = [text.replace(",", "")] + [text.replace(",", ".")] * (text.count(",") == 1 and "." not in text)
+    return [float(number) for number in found if _NUMBER.fullmatch(number)]
+
+
+def _is_lossy(row: Mapping[str, Any]) -> bool:
+    return any("\ufffd" in str(value) for value in row.values())
 
 
 def _answers(manifest: Mapping[str, Any]) -> str:
@@ -478,6 +615,24 @@ def _manifest(folder: Path) -> dict[str, Any]:
     except (OSError, ValueError, TypeError):
         pass
     raise UserError(f"{folder / MANIFEST}: missing or damaged; name the folder that `alignlab human make` wrote")
+
+
+def _texts(folder: Path, manifest: Mapping[str, Any]) -> dict[str, dict[str, str]]:
+    """What was handed out: item -> column -> text.
+
+    Raises:
+        UserError: sheet.jsonl is missing, damaged or another.
+    """
+    path, (*slots, _) = folder / "sheet.jsonl", manifest["answers"]
+    try:
+        rows = [json.loads(line) for line in path.read_text("utf-8").split("\n") if line.strip()]
+        same = _texts_hash(rows, slots) == manifest.get("sheet_sha256", _texts_hash(rows, slots))
+        texts = {str(row["item"]): {column: str(row[column]) for column in ("conversation", *slots)} for row in rows}
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise UserError(f"{path}: missing or damaged, and filled sheets are compared with it; restore it") from error
+    if not same:
+        raise UserError(f"{path}: was changed after manifest {manifest['manifest']} was written; restore it")
+    return texts
 
 
 def _key(path: Path, manifest: Mapping[str, Any]) -> dict[str, Any]:

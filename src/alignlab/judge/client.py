@@ -172,6 +172,11 @@ class ChatClient:
 
     def _ask_all(self, questions: Sequence[Mapping[str, Any]]) -> list[Reply]:
         """Asks side by side. The first failure ends the rest, but not what is under way: it is paid, so it is kept."""
+        if self.endpoint.max_calls != 0:
+            try:
+                _ = self._connection  # without a key or the package nothing is begun, and no call counted
+            except UserError as problem:
+                raise UserError(f"judge: {problem}") from problem
         stop = threading.Event()
         workers = ThreadPoolExecutor(min(self.endpoint.concurrency, len(questions)), "judge")
         running: list[Future[Reply]] = []
@@ -321,8 +326,8 @@ class ChatClient:
             raise UserError(f"the key in {endpoint.api_key_env} holds blanks or other characters that no key has")
         if not key and endpoint.base_url is None:
             raise UserError(
-                f"the environment variable {endpoint.api_key_env} holds no key for {endpoint.where}; set it, or name "
-                "another endpoint (base_url), which may need none"
+                f"no key for {endpoint.model!r} in the environment variable {endpoint.api_key_env}; set it, or name "
+                "another one in `api_key_env`, or an endpoint of your own in `base_url`"
             )
         if not endpoint.sends_key_safely and endpoint.api_key_env == type(endpoint).api_key_env:
             key = ""  # OpenAI's key is not for whoever listens on the way to another machine

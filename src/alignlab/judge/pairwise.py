@@ -28,6 +28,8 @@ MANY_TIES = 0.30
 """Share of ties above which a win rate says little: the judge cannot tell the systems apart, or itself contradicts."""
 MANY_UNREAD = 0.05
 """Share of games without a verdict above which what is left may be another sample."""
+FEW_DECISIVE = 10
+"""Games that were no ties below which only the exact test is to be trusted."""
 FIRST_IS_BETTER: Mapping[Verdict, float] = {"first": 1.0, "tie": 0.5, "second": 0.0}
 
 
@@ -288,6 +290,13 @@ def _warnings(found: Mapping[str, Any], kind: str) -> list[str]:
         more += f"; in {found['flip_rate']:.0%} the verdict changed with the order" if found["flip_rate"] else ""
         ties = f"{found['tie_share']:.0%} of the games are ties"
         said.append(f"{ties}: the {kind} can hardly tell these systems apart{more}")
+    decisive = found["wins"] + found["losses"]
+    if 0 < decisive < FEW_DECISIVE:
+        exact = "" if found["p"] is None else f"; go by the exact sign test (p {found['p']:.3g})"
+        said.append(
+            f"only {decisive} of {found['games']} games were decided: intervals are approximations, too narrow for so "
+            f"few{exact}"
+        )
     if found["unread"] > MANY_UNREAD * found["games"]:
         said.append(
             f"{found['unread']} of {found['games']} games have no verdict that could be read; they are left out"
