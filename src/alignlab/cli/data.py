@@ -156,10 +156,13 @@ def audit(
 ) -> None:
     """Look data over: lengths against the limits, duplicates, ties, rows that truncation makes equal, overlaps."""
     from alignlab.data.audit import audit as look_over
-    from alignlab.data.parts import open_parts
+    from alignlab.data.parts import find, open_parts
+    from alignlab.data.prepared import is_folder, overlap_of
 
     parts = open_parts(where, source=_source(column, format, prompt_template))
-    found = look_over(parts, _template(tokenizer), max_prompt_tokens, max_completion_tokens)
+    as_prepared = is_folder(path := find(where)) and prompt_template is None and not column
+    card = overlap_of(Path(path).expanduser()) if as_prepared else {}
+    found = look_over(parts, _template(tokenizer), max_prompt_tokens, max_completion_tokens, card=card)
     if as_json:
         print(json.dumps(found.to_json(), indent=1, ensure_ascii=False))
         return
