@@ -207,8 +207,9 @@ def _summary(card: Mapping[str, Any]) -> Iterator[str]:
     for split, counts in card["splits"].items():
         categories = [f"{count} {name}" for name, count in counts["categories"].items() if name]
         pairs = f", {counts['pairs']} pairs" if counts["pairs"] else ""
+        verdicts = f", {counts['labelled']} labelled ({counts['desirable']} desirable)" if counts["labelled"] else ""
         shown = f" ({', '.join(categories)})" if 1 < len(categories) <= 8 else ""
-        yield f"{split}: {counts['prompts']} prompts{pairs}{shown}"
+        yield f"{split}: {counts['prompts']} prompts{pairs}{verdicts}{shown}"
     for reason, count in card["dropped"].items():
         yield f"dropped: {count} {reason}"
     for split, shared in card["overlap"].items():

@@ -272,6 +272,8 @@ def _counts(entries: Sequence[Entry]) -> dict[str, Any]:
     counts: dict[str, Any] = {
         "prompts": len(by_prompt),
         "pairs": sum(entry.rejected is not None for entry in entries),
+        "labelled": sum(entry.label is not None for entry in entries),
+        "desirable": sum(entry.label is True for entry in entries),
     }
     for name, kind in (("sources", lambda e: e.source), ("categories", _category)):
         counts[name] = dict(sorted(Counter(kind(entry) for entry in by_prompt.values()).items()))
