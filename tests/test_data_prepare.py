@@ -276,6 +276,21 @@ def test_own_rows_of_every_format_are_prepared(case: str, tmp_path: Path) -> Non
     assert shown.code == 0 and ("■›" in shown.out) == (kind != "prompts"), shown.out
 
 
+def test_a_column_that_looks_like_the_answer_is_not_passed_over_in_silence(tmp_path: Path) -> None:
+    content = [{"instruction": f"a{i}", "input": "", "output": f"b{i}"} for i in range(20)]
+    path, said = write_rows(tmp_path / "alpaca.jsonl", content), []
+    for out, more in (("a", ()), ("b", ("--column", "completion=output"))):
+        made = alignlab(
+            "data", "prepare", "jsonl", "--from", path, "--column", "prompt=instruction", *more, "-o", tmp_path / out
+        )
+        assert made.code == 0, made.err
+        said.append([line for line in made.out.splitlines() if line.startswith("note: ")])
+    (note,) = said[0]
+    assert all(word in note for word in ("alpaca.jsonl", "no answer column", "'output'", "--column completion=output"))
+    assert said[1] == [] and rows(tmp_path / "b" / "train.jsonl")[0]["completion"].startswith("b")
+    assert json.loads((tmp_path / "a" / "card.json").read_text("utf-8"))["notes"] == [note.removeprefix("note: ")]
+
+
 def test_undesirable_completions_are_no_demonstrations(tmp_path: Path) -> None:
     content = [{"prompt": f"a{i}", "completion": "b", "label": i % 2 == 0} for i in range(20)]
     path, folder = write_rows(tmp_path / "own.jsonl", content), tmp_path / "out"
@@ -405,7 +420,12 @@ BAD: Mapping[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     ),
     "shown slice of no split": (("show", "other.jsonl", "--split", "test[:1]"), ("has no split 'test'",)),
     "shown with no model": (("show", "code", "--tokenizer", "./none"), ("./none",)),
-    "audited columns": (("audit", "strange.jsonl"), ("no column for prompt", "map it")),
+    "audited columns": (("audit", "strange.jsonl"), ("no column for prompt", "map it with --column prompt=COLUMN")),
+    "shown columns": (("show", "alpaca.jsonl"), ("no column for prompt", "map it with --column prompt=instruction")),
+    "prepared columns": (
+        ("prepare", "jsonl", "--from", "alpaca.jsonl"),
+        ("no column for prompt", "map it with --column prompt=instruction"),
+    ),
 }
 
 
@@ -419,6 +439,7 @@ def test_what_is_wrong_is_one_line_and_leaves_nothing(case: str, tmp_path: Path)
     write_rows(tmp_path / "useless.jsonl", [{"question": "a", "answer": "b"}] * 2)
     write_rows(tmp_path / "one.jsonl", [{"prompt": "a", "completion": "b"}])
     write_rows(tmp_path / "strange.jsonl", [{"foo": "a", "bar": "b"}])
+    write_rows(tmp_path / "alpaca.jsonl", [{"instruction": "a", "input": "", "output": "b"}])
     (tmp_path / "binary.jsonl").write_bytes(b"\0\1\2")
     before = files_of(tmp_path)
     arguments, said = BAD[case]

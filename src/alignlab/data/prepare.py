@@ -258,7 +258,7 @@ def make_card(
         "splits": {split: _counts(divided.splits[split]) for split in SPLITS},
         "dropped": dict(divided.dropped),
         "overlap": overlap(divided.splits),
-        "notes": list(divided.notes),
+        "notes": [*(note for one in found for note in one.notes), *divided.notes],
         "files": {
             name: {"rows": text.count("\n"), "sha256": hashlib.sha256(text.encode()).hexdigest()}
             for name, text in files.items()
