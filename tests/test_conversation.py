@@ -446,6 +446,17 @@ def test_somebodys_truncation_changes_nothing() -> None:
         assert template.encode_prompt(asked) == ids
 
 
+def test_texts_longer_than_the_window_are_encoded_without_a_warning(caplog: pytest.LogCaptureFixture) -> None:
+    """What does not fit is measured, cut or left out; transformers would say that it "will result in errors"."""
+    tokenizer = MAKERS["starter"]()
+    tokenizer.model_max_length = 8
+    template, long = Template.of(tokenizer), "How many apples " * 9
+    assert len(template.encode_prompt(prompt(long))) > 8 and len(template.encode_completion(long)) > 8
+    assert caplog.text == ""
+    tokenizer(long)
+    assert "longer than" in caplog.text
+
+
 def test_the_tokenizer_is_left_as_it_was() -> None:
     tokenizer = MAKERS["starter"]()
     before = tokenizer.backend_tokenizer.to_str()

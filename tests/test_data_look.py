@@ -143,6 +143,37 @@ def test_overlaps_between_splits_are_reported(tmp_path: Path, template: Template
     assert found == {"of": "test", "in": "train", "prompts": 4, "exact": 1, "near": 1, "8-gram": 3, "13-gram": 2}
 
 
+def test_an_audit_of_a_prepared_folder_says_what_prepare_said(tmp_path: Path) -> None:
+    """A task's own line, "Summarise the visit ..", is no overlap; an edited folder is counted anew."""
+    section = "FAMILY HISTORY AND SOCIAL HISTORY"
+    talk = [
+        f"Doctor: word{i} a{i} b{i} c{i}. Patient: d{i} e{i} f{i} g{i} h{i} i{i} j{i} k{i} l{i}." for i in range(60)
+    ]
+    content = [
+        {"dialogue": text, "section_text": f"note {i}", "section_header": section} for i, text in enumerate(talk)
+    ]
+    content[0]["section_header"] = content[1]["section_header"] = "A RARE SECTION THAT TWO ROWS HAVE"
+    (tmp_path / "raw").mkdir()
+    for split, some in (
+        ("train", content[1:40]),
+        ("validation", content[40:50]),
+        ("test", [content[0], *content[50:]]),
+    ):
+        write_rows(tmp_path / "raw" / f"{split}.jsonl", some)
+    folder = tmp_path / "out"
+    result = alignlab("data", "prepare", "clinical", "--from", tmp_path / "raw", "-o", folder)
+    assert result.code == 0 and "overlap of test with train: 0 of 11 prompts exactly, 0 share an 8-gram" in result.out
+
+    def grams() -> list[tuple[int, int]]:
+        found = json.loads(alignlab("data", "audit", folder, "--json").out)["overlaps"]
+        return [(row["8-gram"], row["13-gram"]) for row in found]
+
+    assert grams() == [(0, 0)] * 3
+    test = folder / "test.jsonl"
+    test.write_text(test.read_text("utf-8").replace("word55", "another"), "utf-8")
+    assert grams()[1][0] == 1  # of the whole prompt, as the rows no longer are those that were counted
+
+
 def test_an_audit_for_machines_is_json(tmp_path: Path) -> None:
     result = alignlab("data", "audit", pairs_file(tmp_path), "--json", "--max-completion-tokens", "16")
     assert result.code == 0, result.err

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import datasets
+import huggingface_hub
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -274,13 +276,33 @@ def test_own_rows_of_every_format_are_prepared(case: str, tmp_path: Path) -> Non
     assert shown.code == 0 and ("■›" in shown.out) == (kind != "prompts"), shown.out
 
 
+def test_a_column_that_looks_like_the_answer_is_not_passed_over_in_silence(tmp_path: Path) -> None:
+    content = [{"instruction": f"a{i}", "input": "", "output": f"b{i}"} for i in range(20)]
+    path, said = write_rows(tmp_path / "alpaca.jsonl", content), []
+    for out, more in (("a", ()), ("b", ("--column", "completion=output"))):
+        made = alignlab(
+            "data", "prepare", "jsonl", "--from", path, "--column", "prompt=instruction", *more, "-o", tmp_path / out
+        )
+        assert made.code == 0, made.err
+        said.append([line for line in made.out.splitlines() if line.startswith("note: ")])
+    (note,) = said[0]
+    assert all(word in note for word in ("alpaca.jsonl", "no answer column", "'output'", "--column completion=output"))
+    assert said[1] == [] and rows(tmp_path / "b" / "train.jsonl")[0]["completion"].startswith("b")
+    assert json.loads((tmp_path / "a" / "card.json").read_text("utf-8"))["notes"] == [note.removeprefix("note: ")]
+
+
 def test_undesirable_completions_are_no_demonstrations(tmp_path: Path) -> None:
     content = [{"prompt": f"a{i}", "completion": "b", "label": i % 2 == 0} for i in range(20)]
     path, folder = write_rows(tmp_path / "own.jsonl", content), tmp_path / "out"
-    assert alignlab("data", "prepare", "jsonl", "--from", path, "-o", folder).code == 0
+    result = alignlab("data", "prepare", "jsonl", "--from", path, "-o", folder)
+    assert result.code == 0
     labelled = [row for split in SPLITS for row in rows(split_file(folder, "labelled", split))]
     demonstrated = [row for split in SPLITS for row in rows(folder / f"{split}.jsonl")]
     assert len(labelled) == 20 and sum(row["label"] for row in labelled) == len(demonstrated) == 10
+    splits = json.loads((folder / "card.json").read_text("utf-8"))["splits"]
+    assert sum(splits[split]["labelled"] for split in SPLITS) == 20
+    assert sum(splits[split]["desirable"] for split in SPLITS) == 10
+    assert f"train: 16 prompts, 16 labelled ({splits['train']['desirable']} desirable)" in result.out
 
 
 def gsm8k_folder(folder: Path) -> Path:
@@ -302,7 +324,8 @@ def test_a_folder_as_it_lies_is_prepared_and_the_card_says_how(tmp_path: Path) -
     assert card["task"] == "gsm8k" and card["seed"] == 42 and len(card["sources"]) == 2
     assert {split: card["splits"][split]["prompts"] for split in SPLITS} == {"train": 26, "validation": 3, "test": 7}
     assert sum(card["dropped"].values()) == 1 and card["overlap"]["test"]["exact"] == 0
-    assert set(card["overlap"]["test"]) == {"exact", "of", "8-gram", "13-gram"}
+    assert set(card["overlap"]["test"]) == {"exact", "of", "8-gram", "13-gram", "with_validation"}
+    assert set(card["overlap"]["validation"]) == {"exact", "of", "8-gram", "13-gram"}
     assert all("MIT" in source["licence"] for source in card["sources"])
     for split in SPLITS:
         made = rows(tmp_path / "out" / f"{split}.jsonl")
@@ -391,8 +414,18 @@ BAD: Mapping[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "shown misspelt": (("show", "gsm8"), ("did you mean 'gsm8k'?",)),
     "shown raw folder": (("show", "others"), ("nobody prepared",)),
     "shown split": (("show", "code", "--split", "tset"), ("no split 'tset'", "test, train, validation")),
+    "shown split of a file": (
+        ("show", "other.jsonl", "--split", "foo"),
+        ("other.jsonl: has no split 'foo'", "only train", "[5:9]", "data prepare"),
+    ),
+    "shown slice of no split": (("show", "other.jsonl", "--split", "test[:1]"), ("has no split 'test'",)),
     "shown with no model": (("show", "code", "--tokenizer", "./none"), ("./none",)),
-    "audited columns": (("audit", "strange.jsonl"), ("no column for prompt", "map it")),
+    "audited columns": (("audit", "strange.jsonl"), ("no column for prompt", "map it with --column prompt=COLUMN")),
+    "shown columns": (("show", "alpaca.jsonl"), ("no column for prompt", "map it with --column prompt=instruction")),
+    "prepared columns": (
+        ("prepare", "jsonl", "--from", "alpaca.jsonl"),
+        ("no column for prompt", "map it with --column prompt=instruction"),
+    ),
 }
 
 
@@ -406,6 +439,7 @@ def test_what_is_wrong_is_one_line_and_leaves_nothing(case: str, tmp_path: Path)
     write_rows(tmp_path / "useless.jsonl", [{"question": "a", "answer": "b"}] * 2)
     write_rows(tmp_path / "one.jsonl", [{"prompt": "a", "completion": "b"}])
     write_rows(tmp_path / "strange.jsonl", [{"foo": "a", "bar": "b"}])
+    write_rows(tmp_path / "alpaca.jsonl", [{"instruction": "a", "input": "", "output": "b"}])
     (tmp_path / "binary.jsonl").write_bytes(b"\0\1\2")
     before = files_of(tmp_path)
     arguments, said = BAD[case]
@@ -440,6 +474,40 @@ def test_a_gated_set_says_where_its_terms_are(tmp_path: Path, monkeypatch: pytes
     assert all(
         word in result.errors[0] for word in ("gated", "huggingface.co/datasets/Intel", "HF_TOKEN", "--from PATH")
     )
+
+
+def test_a_hub_that_does_not_answer_is_one_line_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """It is asked once; then the cache is looked into as in offline mode, which is put back."""
+    heads: list[float] = []
+
+    class Session:
+        def head(self, url: str, timeout: float) -> None:
+            heads.append(timeout)
+            raise OSError("Name or service not known")
+
+    for place in (huggingface_hub.constants, datasets.config):
+        monkeypatch.setattr(place, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(huggingface_hub, "get_session", Session)
+    before = time.monotonic()
+    result = alignlab("data", "prepare", "gsm8k", "-o", tmp_path / "out")
+    assert time.monotonic() - before < 5 and len(heads) == 1 and heads[0] <= 5
+    assert result.code == 2 and len(result.errors) == 1 and "Retry" not in result.err + "".join(capfd.readouterr())
+    assert all(word in result.errors[0] for word in ("gsm8k: the hub cannot be reached", "--from PATH")), result.errors
+    assert not huggingface_hub.constants.HF_HUB_OFFLINE and not datasets.config.HF_HUB_OFFLINE
+
+
+def test_a_hub_that_does_not_answer_leaves_the_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def load_dataset(name: str, *_: Any, split: str, **__: Any) -> list[dict[str, str]]:
+        assert datasets.config.HF_HUB_OFFLINE and huggingface_hub.constants.HF_HUB_OFFLINE
+        return [{"question": f"{split} {i}?", "answer": f"It.\n#### {i}"} for i in range(20)]
+
+    for place in (huggingface_hub.constants, datasets.config):
+        monkeypatch.setattr(place, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(huggingface_hub, "get_session", lambda: None)
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    assert alignlab("data", "prepare", "gsm8k", "-o", tmp_path / "out").code == 0
 
 
 def test_every_hub_place_has_a_name_and_a_known_split() -> None:

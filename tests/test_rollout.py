@@ -1,6 +1,7 @@
 """Rewards combined under their contract, groups of rollouts, and rows within limits."""
 
 import math
+import re
 import signal
 import sys
 import threading
@@ -13,6 +14,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch.testing import assert_close
 
 from alignlab import rollout as rollout_module
@@ -22,6 +25,7 @@ from alignlab.rewards import Detailed
 from alignlab.rollout import (
     Limits,
     Reward,
+    _enough_for_half,
     combine,
     component_tensor,
     encode_examples,
@@ -574,9 +578,29 @@ def test_rows_that_do_not_fit_are_left_out() -> None:
     assert [p.id for p in fitting_prompts([long, prompt("2")], template(), TIGHT)] == ["sums/2"]
     with pytest.raises(UserError, match=r"none of 1 rows is left within 22 prompt and 4 completion tokens"):
         encode_examples(examples[:1], template(), TIGHT)
-    with pytest.raises(UserError, match=r"raise data\.max_prompt_tokens"):
-        fitting_prompts([long], template(), TIGHT)
+    with pytest.raises(UserError, match=r"half of them fit whole if you raise data\.max_prompt_tokens to \d+$"):
+        fitting_prompts([replace(long, answer="5")], template(), TIGHT)
+    with pytest.raises(UserError, match=r"max_prompt_tokens to \d+ and data\.max_completion_tokens to 7$"):
+        fitting_prompts([replace(long, answer="abcdef")], template(), TIGHT)
     assert encode_examples([], template(), TIGHT) == []
+
+
+def test_an_error_says_the_limits_that_keep_half_of_the_rows() -> None:
+    pairs = [Pair(prompt=prompt("1+" * (9 + i)), chosen="a" * (20 - i), rejected="a" * 7) for i in range(5)]
+    with pytest.raises(UserError) as error:
+        encode_pairs(pairs, template(), TIGHT)
+    said = r"raise data\.max_prompt_tokens to (\d+) and data\.max_completion_tokens to (\d+)$"
+    found = re.search(said, str(error.value))
+    assert found is not None
+    enough = Limits(max_prompt_tokens=int(found[1]), max_completion_tokens=int(found[2]))
+    assert 3 <= len(encode_pairs(pairs, template(), enough)) < 5
+
+
+@given(st.lists(st.tuples(st.integers(1, 50), st.integers(1, 50)), min_size=1, max_size=30))
+def test_the_limits_for_half_keep_half(sizes: list[tuple[int, int]]) -> None:
+    prompt, completion = _enough_for_half(sizes)
+    assert 2 * sum(p <= prompt and c <= completion for p, c in sizes) >= len(sizes)
+    assert prompt in [p for p, _ in sizes] and completion in [c for _, c in sizes]
 
 
 def test_labelled_completions_fit_and_keep_their_label() -> None:

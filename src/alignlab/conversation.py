@@ -195,8 +195,9 @@ class Template:
         except UnicodeEncodeError as error:
             raise UserError(f"{where} holds {text[error.start]!r}, half of a surrogate pair; take it out") from error
         if self.nonce not in text:
-            # Through the tokenizer, not its backend, which may still carry somebody's truncation.
-            return tuple(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+            # Through the tokenizer, not its backend, which may still carry somebody's truncation. Not verbose: it would
+            # warn of texts longer than the model's window, which whoever encodes still measures, cuts or leaves out.
+            return tuple(self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
         backend, real = self._literal
         marked = self._controls.sub(lambda found: self._mark(found[0]), text)
         ids = backend.encode(self._reveal(marked), add_special_tokens=False).ids

@@ -7,6 +7,7 @@ the policy's weights; the loop pulls, and nothing is prefetched, so rollouts are
 from __future__ import annotations
 
 import math
+from bisect import bisect_left
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -511,8 +512,9 @@ def encode_examples(examples: Sequence[Example], template: Template, limits: Lim
     Raises:
         UserError: nothing is left.
     """
-    rows = [_fit(template.row(e.prompt, e.completion), limits) for e in examples]
-    return _some([row for row in rows if row is not None], len(examples), limits)
+    rows = [template.row(e.prompt, e.completion) for e in examples]
+    kept = [row for row in (_fit(row, limits) for row in rows) if row is not None]
+    return _some(kept, [_sizes(row) for row in rows], limits)
 
 
 def encode_pairs(pairs: Sequence[Pair], template: Template, limits: Limits) -> list[PairRows]:
@@ -521,12 +523,14 @@ def encode_pairs(pairs: Sequence[Pair], template: Template, limits: Limits) -> l
     Raises:
         UserError: nothing is left.
     """
-    kept = []
+    kept, sizes = [], []
     for pair in pairs:
-        chosen, rejected = (_fit(template.row(pair.prompt, text), limits) for text in (pair.chosen, pair.rejected))
+        whole = [template.row(pair.prompt, text) for text in (pair.chosen, pair.rejected)]
+        chosen, rejected = (_fit(row, limits) for row in whole)
+        sizes.append(max(map(_sizes, whole)))
         if chosen is not None and rejected is not None and chosen != rejected:
             kept.append(PairRows(chosen=chosen, rejected=rejected, margin=pair.margin or 0.0))
-    return _some(kept, len(pairs), limits)
+    return _some(kept, sizes, limits)
 
 
 def encode_labelled(items: Sequence[Labelled], template: Template, limits: Limits) -> list[LabelledRow]:
@@ -535,8 +539,10 @@ def encode_labelled(items: Sequence[Labelled], template: Template, limits: Limit
     Raises:
         UserError: nothing is left.
     """
-    rows = [(_fit(template.row(item.prompt, item.completion), limits), item.label) for item in items]
-    return _some([LabelledRow(row=row, label=label) for row, label in rows if row is not None], len(items), limits)
+    rows = [template.row(item.prompt, item.completion) for item in items]
+    fitted = [(_fit(row, limits), item.label) for row, item in zip(rows, items, strict=True)]
+    kept = [LabelledRow(row=row, label=label) for row, label in fitted if row is not None]
+    return _some(kept, [_sizes(row) for row in rows], limits)
 
 
 def fitting_prompts(prompts: Sequence[Prompt], template: Template, limits: Limits) -> list[Prompt]:
@@ -545,19 +551,40 @@ def fitting_prompts(prompts: Sequence[Prompt], template: Template, limits: Limit
     Raises:
         UserError: nothing is left.
     """
-    kept = [p for p in prompts if len(template.encode_prompt(p)) <= limits.max_prompt_tokens]
-    return _some(kept, len(prompts), limits)
+    lengths = [len(template.encode_prompt(prompt)) for prompt in prompts]
+    kept = [p for p, length in zip(prompts, lengths, strict=True) if length <= limits.max_prompt_tokens]
+    if kept:
+        return kept
+    references = [len(template.encode_completion(prompt.answer or "")) for prompt in prompts]
+    return _some(kept, list(zip(lengths, references, strict=True)), limits)
 
 
 def _fit(row: Row, limits: Limits) -> Row | None:
     return fit(row, limits.max_prompt_tokens, limits.max_completion_tokens)
 
 
-def _some(kept: list[T], total: int, limits: Limits) -> list[T]:
-    if kept or not total:
+def _sizes(row: Row) -> tuple[int, int]:
+    return len(row.prompt_ids), len(row.completion_ids)
+
+
+def _some(kept: list[T], sizes: Sequence[tuple[int, int]], limits: Limits) -> list[T]:
+    """`kept`, which is something where there were rows; `sizes`: (prompt, longest completion) of each, in tokens."""
+    if kept or not sizes:
         return kept
+    prompt, completion = _enough_for_half(sizes)
+    keys = {"data.max_prompt_tokens": (prompt, limits.max_prompt_tokens),
+            "data.max_completion_tokens": (completion, limits.max_completion_tokens)}  # fmt: skip
+    more = " and ".join(f"{key} to {needed}" for key, (needed, now) in keys.items() if needed > now)
     raise UserError(
-        f"data: none of {total} rows is left within {limits.max_prompt_tokens} prompt and "
+        f"data: none of {len(sizes)} rows is left within {limits.max_prompt_tokens} prompt and "
         f"{limits.max_completion_tokens} completion tokens (a pair must also differ within them); "
-        "raise data.max_prompt_tokens or data.max_completion_tokens"
+        + (f"half of them fit whole if you raise {more}" if more else "most pairs are two equal answers")
     )
+
+
+def _enough_for_half(sizes: Sequence[tuple[int, int]]) -> tuple[int, int]:
+    """Limits within which half of the rows are whole: the same quantile of prompts and of completions, the least."""
+    prompts, completions = (sorted(lengths) for lengths in zip(*sizes, strict=True))
+    ranks = sorted(max(bisect_left(prompts, prompt), bisect_left(completions, answer)) for prompt, answer in sizes)
+    rank = ranks[(len(ranks) - 1) // 2]
+    return prompts[rank], completions[rank]

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -99,7 +101,8 @@ def prepare(
         sizes = replace(found_task.sizes, **asked, asked=tuple(s for s in SPLITS if s in asked))
         system = found_task.system_prompt if system_prompt is None else system_prompt
         sources = choose(task, found_task.sources, sets or ())
-        found = collect(task, sources, where or (), columns=_mapping(column), splits=split or ())
+        with _own_words():
+            found = collect(task, sources, where or (), columns=_mapping(column), splits=split or ())
         found = with_system(found, system)
         divided = divide(found, sources, sizes, seed, task)
         card, files = make_card(task, found, sources, divided, seed, system)
@@ -127,7 +130,8 @@ def show(
     from alignlab.data.parts import open_parts
     from alignlab.data.show import LEGEND, coloured, plain, shown
 
-    parts = open_parts(where, source=_source(column, format, prompt_template), split=split)
+    with _own_words():
+        parts = open_parts(where, source=_source(column, format, prompt_template), split=split)
     template, console = _template(tokenizer), Console(highlight=False)
     colours = console.is_terminal and not console.no_color
     if not colours:
@@ -156,10 +160,14 @@ def audit(
 ) -> None:
     """Look data over: lengths against the limits, duplicates, ties, rows that truncation makes equal, overlaps."""
     from alignlab.data.audit import audit as look_over
-    from alignlab.data.parts import open_parts
+    from alignlab.data.parts import find, open_parts
+    from alignlab.data.prepared import is_folder, overlap_of
 
-    parts = open_parts(where, source=_source(column, format, prompt_template))
-    found = look_over(parts, _template(tokenizer), max_prompt_tokens, max_completion_tokens)
+    with _own_words():
+        parts = open_parts(where, source=_source(column, format, prompt_template))
+    as_prepared = is_folder(path := find(where)) and prompt_template is None and not column
+    card = overlap_of(Path(path).expanduser()) if as_prepared else {}
+    found = look_over(parts, _template(tokenizer), max_prompt_tokens, max_completion_tokens, card=card)
     if as_json:
         print(json.dumps(found.to_json(), indent=1, ensure_ascii=False))
         return
@@ -186,6 +194,15 @@ def _source(column: Sequence[str] | None, format: str, prompt_template: str | No
     return DataSource(columns=_mapping(column), format=format, prompt_template=prompt_template)  # type: ignore[arg-type]
 
 
+@contextmanager
+def _own_words() -> Iterator[None]:
+    """Errors that name a recipe's keys name the options of these commands instead."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(re.sub(r"data\.columns\.(\w+=)", r"--column \1", str(error))) from error
+
+
 def _mapping(columns: Sequence[str] | None) -> dict[str, str]:
     pairs = [text.partition("=") for text in columns or ()]
     for ours, _, theirs in pairs:
@@ -204,8 +221,9 @@ def _summary(card: Mapping[str, Any]) -> Iterator[str]:
     for split, counts in card["splits"].items():
         categories = [f"{count} {name}" for name, count in counts["categories"].items() if name]
         pairs = f", {counts['pairs']} pairs" if counts["pairs"] else ""
+        verdicts = f", {counts['labelled']} labelled ({counts['desirable']} desirable)" if counts["labelled"] else ""
         shown = f" ({', '.join(categories)})" if 1 < len(categories) <= 8 else ""
-        yield f"{split}: {counts['prompts']} prompts{pairs}{shown}"
+        yield f"{split}: {counts['prompts']} prompts{pairs}{verdicts}{shown}"
     for reason, count in card["dropped"].items():
         yield f"dropped: {count} {reason}"
     for split, shared in card["overlap"].items():

@@ -33,12 +33,23 @@ class Audit:
         return {"schema": 1, "limits": dict(self.limits), "parts": [*self.parts], "overlaps": [*self.overlaps]}
 
 
-def audit(parts: Sequence[Part], template: Template, max_prompt_tokens: int, max_completion_tokens: int) -> Audit:
-    """Looks over every part, and over each split against train."""
+def audit(
+    parts: Sequence[Part],
+    template: Template,
+    max_prompt_tokens: int,
+    max_completion_tokens: int,
+    *,
+    card: Mapping[str, Any] | None = None,
+) -> Audit:
+    """Looks over every part, and over each split against train.
+
+    `card`: the overlaps that `prepare` counted in these very rows. Their n-grams are of what the authors wrote alone,
+    which the rows no longer tell from the words that the task put around it; so they stand where they are given.
+    """
     limits = {"max_prompt_tokens": max_prompt_tokens, "max_completion_tokens": max_completion_tokens}
     return Audit(
         parts=tuple(audit_part(part, template, max_prompt_tokens, max_completion_tokens) for part in parts),
-        overlaps=tuple(_overlaps(parts)),
+        overlaps=tuple(_overlaps(parts, card or {})),
         limits=limits,
     )
 
@@ -115,7 +126,7 @@ def _key(prompt: Prompt, item: object) -> str:
     return "\n".join(said) if prompt.messages else normalise(getattr(item, "completion", ""))
 
 
-def _overlaps(parts: Sequence[Part]) -> list[dict[str, Any]]:
+def _overlaps(parts: Sequence[Part], card: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Train against validation and test, over all kinds of rows at once, and validation against test.
 
     `exact` and `near` are of distinct prompts, those that are equal not counted as near too.
@@ -134,7 +145,10 @@ def _overlaps(parts: Sequence[Part]) -> list[dict[str, Any]]:
         known = set(before)
         near = near_duplicates([*before, *(key for key in after if key not in known)])
         told["near"] = len({j for i, j in near if i < len(before) <= j})
+        counted = card.get(other, {})
+        counted = counted if one == "train" else counted.get(f"with_{one}", {})
         for n in NGRAMS:
-            told[f"{n}-gram"] = shared_ngrams(split[one], split[other], n).rows
+            known_rows = counted.get(f"{n}-gram", {}).get("rows")
+            told[f"{n}-gram"] = shared_ngrams(split[one], split[other], n).rows if known_rows is None else known_rows
         found.append(told)
     return found

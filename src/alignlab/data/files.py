@@ -17,7 +17,8 @@ import urllib.error
 import urllib.request
 import zlib
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, cast
 from urllib.parse import urlparse
@@ -29,6 +30,8 @@ Record = dict[str, Any]
 
 SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".parquet")
 """What can be read; also with .gz."""
+HUB_TIMEOUT = 5.0
+"""Seconds in which the hub has to say anything."""
 
 
 def read_rows(where: str | Path, *, config: str | None = None, split: str | None = None) -> list[Record]:
@@ -163,25 +166,59 @@ def read_hub(name: str, config: str | None, split: str | None) -> list[Record]:
     """The rows of a hub data set's split (`train` if not said); `owner/name/folder` is one folder of its repository."""
     import datasets
 
-    local = "; a local copy can be named in data.path"
+    local, reached = "; a local copy can be named in data.path", _hub_answers()
     owner, _, rest = name.partition("/")
     dataset, _, folder = rest.partition("/")
     where = f"{owner}/{dataset}" if rest else owner
     try:
         inside = {"data_dir": folder} if folder else {}
-        rows = datasets.load_dataset(where, config, split=split or "train", **inside)
-        return [dict(row) for row in rows]
+        with nullcontext() if reached else _offline():
+            rows = datasets.load_dataset(where, config, split=split or "train", **inside)
+            return [dict(row) for row in rows]
     except datasets.exceptions.DatasetNotFoundError as error:
         if "gated" in str(error):
             page = f"https://huggingface.co/datasets/{name}"
             raise UserError(f"{name}: is gated; accept its terms at {page} and set HF_TOKEN{local}") from error
         raise UserError(f"{name}: the hub has no such data set, or it is private and HF_TOKEN is not set") from error
     except ConnectionError as error:
-        if "Offline" in f"{type(error).__name__} {error}":
+        if reached and "Offline" in f"{type(error).__name__} {error}":
             raise UserError(f"{name}: offline mode is on (HF_HUB_OFFLINE) and it is not in the cache{local}") from error
-        raise UserError(f"{name}: the hub cannot be reached; is there a network?{local}") from error
+        raise UserError(f"{name}: the hub cannot be reached, is there a network?{local}") from error
     except (ValueError, OSError, RuntimeError) as error:  # an unknown config or split, a script, a broken file
         raise UserError(f"{name}: {_first_line(error)}") from error
+
+
+def _hub_answers() -> bool:
+    """Whether the hub says anything at all; not asked in offline mode, whose cache is looked into either way.
+
+    `datasets` would try six times, in half a minute, and say so each time.
+    """
+    import huggingface_hub
+
+    if huggingface_hub.constants.HF_HUB_OFFLINE:
+        return True
+    try:
+        huggingface_hub.get_session().head(huggingface_hub.constants.ENDPOINT, timeout=HUB_TIMEOUT)
+    except Exception:  # of whichever client the hub's library has
+        return False
+    return True
+
+
+@contextmanager
+def _offline() -> Iterator[None]:
+    """The hub's libraries as with HF_HUB_OFFLINE=1: from the cache or not at all."""
+    import datasets
+    import huggingface_hub
+
+    places: tuple[Any, ...] = (huggingface_hub.constants, datasets.config)
+    before = [place.HF_HUB_OFFLINE for place in places]
+    try:
+        for place in places:
+            place.HF_HUB_OFFLINE = True
+        yield
+    finally:
+        for place, was in zip(places, before, strict=True):
+            place.HF_HUB_OFFLINE = was
 
 
 def _is_url(where: str | Path) -> bool:

@@ -15,7 +15,7 @@ from alignlab.data.examples import parse_rows
 from alignlab.data.files import Record, read_rows
 from alignlab.data.formats import Kind
 from alignlab.data.prepared import SPLITS, data_files
-from alignlab.data.sets import kind_of_rows
+from alignlab.data.sets import kind_of_rows, split_of_name
 from alignlab.data.source import DataSource, Location
 from alignlab.errors import UserError
 from alignlab.types import Example, Labelled, Pair, Prompt
@@ -71,7 +71,8 @@ def open_parts(where: str, *, source: DataSource | None = None, split: str | Non
 
     Args:
         source: how rows are read: columns, format, system prompt, template.
-        split: only this one's files, of a folder; `train[:20]` or `[:20]` of a file.
+        split: only this one's files, of a folder; `train[:20]` or `[:20]` of a file, which is all train, or what its
+            name says.
 
     Raises:
         UserError: unreadable data, or no such split.
@@ -79,6 +80,13 @@ def open_parts(where: str, *, source: DataSource | None = None, split: str | Non
     source, path = source or DataSource(), find(where)
     folder = Path(path).expanduser()
     if "://" in path or not folder.is_dir():
+        name = (split or "").partition("[")[0]
+        known = dict.fromkeys(("train", *filter(None, [split_of_name(Path(path).name)])))
+        if name and name not in known:
+            raise UserError(
+                f"{path}: has no split {name!r}: a file by itself has only {' or '.join(known)}, which is all of it; a "
+                "part of its rows is [5:9], and `alignlab data prepare` divides them"
+            )
         rows = read_rows(path, split=split)
         return [_part(source, Path(path).name, "all", path, rows)]
     files = data_files(folder)

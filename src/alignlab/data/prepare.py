@@ -258,7 +258,7 @@ def make_card(
         "splits": {split: _counts(divided.splits[split]) for split in SPLITS},
         "dropped": dict(divided.dropped),
         "overlap": overlap(divided.splits),
-        "notes": list(divided.notes),
+        "notes": [*(note for one in found for note in one.notes), *divided.notes],
         "files": {
             name: {"rows": text.count("\n"), "sha256": hashlib.sha256(text.encode()).hexdigest()}
             for name, text in files.items()
@@ -272,6 +272,8 @@ def _counts(entries: Sequence[Entry]) -> dict[str, Any]:
     counts: dict[str, Any] = {
         "prompts": len(by_prompt),
         "pairs": sum(entry.rejected is not None for entry in entries),
+        "labelled": sum(entry.label is not None for entry in entries),
+        "desirable": sum(entry.label is True for entry in entries),
     }
     for name, kind in (("sources", lambda e: e.source), ("categories", _category)):
         counts[name] = dict(sorted(Counter(kind(entry) for entry in by_prompt.values()).items()))
@@ -280,19 +282,27 @@ def _counts(entries: Sequence[Entry]) -> dict[str, Any]:
 
 
 def overlap(splits: Mapping[Split, Sequence[Entry]]) -> dict[str, Any]:
-    """Held-out split -> prompts that train has too (exactly), and those that share n-grams of words with train."""
-    train = {entry.key: words(entry.text) for entry in splits["train"]}
+    """Held-out split -> prompts that train has too (exactly), and those that share n-grams of words with train.
+
+    What test shares with validation stands below test's, under `with_validation`.
+    """
     found: dict[str, Any] = {}
     for split in ("validation", "test"):
-        held_out = {entry.key: words(entry.text) for entry in splits[split]}
-        if not held_out or not train:
-            continue
-        told: dict[str, Any] = {"exact": len(held_out.keys() & train.keys()), "of": len(held_out)}
-        for n in NGRAMS:
-            shared = shared_ngrams(list(train.values()), list(held_out.values()), n)
-            told[f"{n}-gram"] = {"rows": shared.rows, "common_phrases_left_out": shared.common}
-        found[split] = told
+        if splits["train"] and splits[split]:
+            found[split] = _shared(splits["train"], splits[split])
+    if "test" in found and splits["validation"]:
+        found["test"]["with_validation"] = _shared(splits["validation"], splits["test"])
     return found
+
+
+def _shared(one: Sequence[Entry], other: Sequence[Entry]) -> dict[str, Any]:
+    """Prompts of the second that the first has too, word by word of what their authors wrote."""
+    before, after = ({entry.key: words(entry.text) for entry in some} for some in (one, other))
+    told: dict[str, Any] = {"exact": len(after.keys() & before.keys()), "of": len(after)}
+    for n in NGRAMS:
+        shared = shared_ngrams(list(before.values()), list(after.values()), n)
+        told[f"{n}-gram"] = {"rows": shared.rows, "common_phrases_left_out": shared.common}
+    return told
 
 
 def write_folder(output: Path, card: Mapping[str, Any], files: Mapping[str, str], *, force: bool = False) -> None:

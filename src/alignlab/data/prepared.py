@@ -5,6 +5,7 @@ The embedded starter's data lie in the same form, so whatever reads one reads th
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -164,3 +165,13 @@ def card_of(folder: Path) -> dict[str, Any]:
     except (OSError, ValueError):
         return {}
     return card if isinstance(card, dict) else {}
+
+
+def overlap_of(folder: Path) -> dict[str, Any]:
+    """What a prepared folder says of prompts on two sides; empty where its files are no longer those it speaks of."""
+    card = card_of(folder)
+    files, overlap = card.get("files"), card.get("overlap")
+    if not isinstance(files, dict) or not isinstance(overlap, dict):
+        return {}
+    now = {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in data_files(folder)}
+    return overlap if now == {name: file.get("sha256") for name, file in files.items()} else {}

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 from alignlab.data.examples import fingerprint, parse_rows
 from alignlab.data.files import SUFFIXES, Record, kind_of, read_file, read_hub, slice_of
-from alignlab.data.formats import Kind, Unusable
+from alignlab.data.formats import SYNONYMS, Kind, Unusable
 from alignlab.data.prepared import SPLITS, Entry, Split
 from alignlab.data.source import DataSource, Location
 from alignlab.errors import UserError
@@ -78,6 +78,8 @@ class Found:
     """Reason -> rows left out."""
     fingerprint: str
     """Of the rows."""
+    notes: tuple[str, ...] = ()
+    """What a reader has to know, in plain words."""
 
 
 def collect(
@@ -263,6 +265,23 @@ def _entries(task: str, source: Source | None, where: str, split: Split | None, 
         entries=tuple(kept),
         unusable=unusable,
         fingerprint=fingerprint(rows),
+        notes=_unanswered(name, rows) if source is None else (),
+    )
+
+
+def _unanswered(name: str, rows: Sequence[Record]) -> tuple[str, ...]:
+    """That there are prompts alone, where another column has a name that answers go by."""
+    columns = {
+        column: None for row in rows for column, value in row.items() if isinstance(value, str) and value.strip()
+    }
+    if kind_of_rows(rows) != "prompts" or "answer" in columns:
+        return ()
+    likely = next((column for column in columns if column.lower() in SYNONYMS["completion"]), None)
+    if likely is None:
+        return ()
+    return (
+        f"{name}: its rows have no answer column, so they are prompts alone; {likely!r} looks like one "
+        f"(--column completion={likely})",
     )
 
 
