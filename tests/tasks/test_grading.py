@@ -9,9 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from alignlab.rewards.similarity import longest_common, rouge_l
 from alignlab.tasks import Grade, get_task, pairs
 from alignlab.tasks import code as code_task
-from alignlab.tasks._text import longest_common, rouge_l
 from alignlab.tasks.gsm8k import grade as grade_gsm8k
 from alignlab.tasks.safety import refuses
 from alignlab.types import Completion, Prompt

@@ -13,7 +13,7 @@ import numpy.typing as npt
 from scipy import stats
 
 from alignlab.statistics.aggregates import FloatArray, finite_array, is_constant, tail_probability
-from alignlab.statistics.inference import NO_SPREAD, Interval, score_interval
+from alignlab.statistics.inference import NO_SPREAD, Interval, score_interval, t_interval
 from alignlab.statistics.wins import design_effect, trinomial_interval
 
 IntArray = npt.NDArray[np.intp]
@@ -38,8 +38,8 @@ def clustered_interval(values: npt.ArrayLike, clusters: Sequence[Hashable], conf
     array, codes, num_clusters = _grouped(values, clusters)
     mean = float(array.mean())
     if is_constant(array):
-        return _t_interval(float(array[0]), 0.0, num_clusters - 1, confidence, NO_SPREAD)
-    return _t_interval(mean, _standard_error(array - mean, codes, num_clusters), num_clusters - 1, confidence)
+        return t_interval(float(array[0]), 0.0, num_clusters - 1, confidence, NO_SPREAD)
+    return t_interval(mean, _standard_error(array - mean, codes, num_clusters), num_clusters - 1, confidence)
 
 
 def clustered_standard_error(values: npt.ArrayLike, clusters: Sequence[Hashable]) -> float:
@@ -146,7 +146,7 @@ def ratio_interval(
         )
     ratio = float(above.sum() / below.sum())
     residuals = (above - ratio * below) * above.size / float(below.sum())
-    return _t_interval(ratio, _standard_error(residuals, codes, num_clusters), num_clusters - 1, confidence)
+    return t_interval(ratio, _standard_error(residuals, codes, num_clusters), num_clusters - 1, confidence)
 
 
 def jackknife_interval(statistic: Statistic, clusters: Sequence[Hashable], confidence: float = 0.95) -> Interval:
@@ -168,7 +168,7 @@ def jackknife_interval(statistic: Statistic, clusters: Sequence[Hashable], confi
     variance = (num_clusters - 1) / num_clusters * float(((without - without.mean()) ** 2).sum())
     note = NO_SPREAD if is_constant(without) else ""
     value = float(finite_array([statistic(everything)], name="statistic", ndim=1)[0])
-    return _t_interval(value, 0.0 if note else math.sqrt(variance), num_clusters - 1, confidence, note)
+    return t_interval(value, 0.0 if note else math.sqrt(variance), num_clusters - 1, confidence, note)
 
 
 def bootstrap_interval(
@@ -220,7 +220,7 @@ def mean_interval(parts: Sequence[Interval]) -> Interval:
     df = sum(variances) ** 2 / each if each > 0 else min(part.df for part in parts)
     mean = sum(part.mean for part in parts) / len(parts)
     note = NO_SPREAD if not any(variances) else ""
-    return _t_interval(mean, math.sqrt(sum(variances)) / len(parts), df, parts[0].confidence, note)
+    return t_interval(mean, math.sqrt(sum(variances)) / len(parts), df, parts[0].confidence, note)
 
 
 def mean_of_bounds(parts: Sequence[Interval]) -> Interval:
@@ -259,16 +259,3 @@ def _standard_error(residuals: FloatArray, codes: IntArray, num_clusters: int) -
     """Of a mean whose residuals (N,) are given."""
     sums = np.bincount(codes, weights=residuals, minlength=num_clusters)
     return math.sqrt(num_clusters / (num_clusters - 1) * float((sums**2).sum())) / residuals.size
-
-
-def _t_interval(mean: float, standard_error: float, df: float, confidence: float, note: str = "") -> Interval:
-    half = float(stats.t.isf(tail_probability(confidence), df)) * standard_error
-    return Interval(
-        mean=mean,
-        low=mean - half,
-        high=mean + half,
-        standard_error=standard_error,
-        df=float(df),
-        confidence=confidence,
-        note=note,
-    )

@@ -59,7 +59,7 @@ def crossed_interval(differences: npt.ArrayLike, confidence: float = 0.95) -> In
     _at_least_two_prompts(num_prompts)
     if is_constant(array):
         df = float(min(num_seeds, num_prompts) - 1)
-        return _t_interval(float(array.flat[0]), 0.0, df, confidence, note=NO_SPREAD)
+        return t_interval(float(array.flat[0]), 0.0, df, confidence, note=NO_SPREAD)
     seed_square, prompt_square, error_square = _mean_squares(array)
     seed_df, prompt_df = num_seeds - 1, num_prompts - 1
     total = seed_square + prompt_square - error_square
@@ -72,7 +72,7 @@ def crossed_interval(differences: npt.ArrayLike, confidence: float = 0.95) -> In
         df = total**2 / (
             seed_square**2 / seed_df + prompt_square**2 / prompt_df + error_square**2 / (seed_df * prompt_df)
         )
-    return _t_interval(float(array.mean()), math.sqrt(largest / array.size), df, confidence)
+    return t_interval(float(array.mean()), math.sqrt(largest / array.size), df, confidence)
 
 
 def prompt_interval(differences: npt.ArrayLike, confidence: float = 0.95) -> Interval:
@@ -84,9 +84,9 @@ def prompt_interval(differences: npt.ArrayLike, confidence: float = 0.95) -> Int
     _at_least_two_prompts(array.size)
     df = float(array.size - 1)
     if is_constant(array):
-        return _t_interval(float(array[0]), 0.0, df, confidence, note=f"{ONE_RUN}; {NO_SPREAD}")
+        return t_interval(float(array[0]), 0.0, df, confidence, note=f"{ONE_RUN}; {NO_SPREAD}")
     standard_error = float(array.std(ddof=1)) / math.sqrt(array.size)
-    return _t_interval(float(array.mean()), standard_error, df, confidence, note=ONE_RUN)
+    return t_interval(float(array.mean()), standard_error, df, confidence, note=ONE_RUN)
 
 
 def verdict(
@@ -175,14 +175,15 @@ def _mean_squares(array: FloatArray) -> tuple[float, float, float]:
     )
 
 
-def _t_interval(mean: float, standard_error: float, df: float, confidence: float, note: str = "") -> Interval:
+def t_interval(mean: float, standard_error: float, df: float, confidence: float, note: str = "") -> Interval:
+    """mean -+ Student's quantile x standard error."""
     half = float(stats.t.isf(tail_probability(confidence), df)) * standard_error
     return Interval(
         mean=mean,
         low=mean - half,
         high=mean + half,
         standard_error=standard_error,
-        df=df,
+        df=float(df),
         confidence=confidence,
         note=note,
     )

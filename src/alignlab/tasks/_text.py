@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import re
 
+from alignlab.rewards.similarity import rouge_l
 from alignlab.tasks import Grade
 from alignlab.types import Completion, Prompt
 
 OVERLAP = "ROUGE-L F1 with the preferred answer: a weak stand-in for quality, see docs/tasks.md"
 CATEGORIES = ("factual", "instruction", "creative")
 
-_TOKEN = re.compile(r"[a-z0-9]+")
 _MADE = (
     r"(?:stor(?:y|ies)|poems?|haikus?|sonnets?|limericks?|ballads?|rhymes?|songs?|lyrics|raps?|jokes?|riddles?|"
     r"screenplays?|scenes?|monologues?|dialogues?|plays?|novels?|novellas?|fables?|fairy ?tales?|myths?|legends?|"
@@ -29,32 +29,6 @@ _QUESTION = re.compile(
 )
 _LONGEST_QUESTION = 300
 """Characters; a longer prompt that begins like a question brings material to work on."""
-
-
-def rouge_l(text: str, reference: str) -> float:
-    """ROUGE-L F1 (Lin 2004): 2PR / (P + R) with P = LCS / words of the text and R = LCS / words of the reference.
-
-    Words are runs of a-z and 0-9 after lower-casing, without stemming: what `rouge_score` gives with its defaults. Both
-    without such words (other scripts): compared as characters, so that an answer in Greek is not 0 by accident.
-    """
-    said, wanted = _TOKEN.findall(text.lower()), _TOKEN.findall(reference.lower())
-    if not wanted:
-        said, wanted = list("".join(text.split())), list("".join(reference.split()))
-    common = longest_common(said, wanted)
-    return 2 * common / (len(said) + len(wanted)) if common else 0.0
-
-
-def longest_common(one: list[str], other: list[str]) -> int:
-    """Length of the longest common subsequence, row by row of the table as one whole number (Hyyro 2004)."""
-    places: dict[str, int] = {}
-    for i, word in enumerate(one):
-        places[word] = places.get(word, 0) | 1 << i
-    full = (1 << len(one)) - 1
-    row = full
-    for word in other:
-        matches = row & places.get(word, 0)
-        row = (row + matches | row - matches) & full
-    return len(one) - row.bit_count()
 
 
 def grade_by_overlap(prompt: Prompt, completion: Completion) -> Grade:

@@ -15,8 +15,8 @@ from random import Random
 from alignlab.data.files import Record
 from alignlab.data.prepared import Entry
 from alignlab.data.sets import Hub, Source, asked, text_of
+from alignlab.rewards.similarity import rouge_l
 from alignlab.tasks import Generator, Grade, Task
-from alignlab.tasks._text import rouge_l
 from alignlab.types import Completion, Example, Message, Prompt
 
 SYMPTOMS = (
