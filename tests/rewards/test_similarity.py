@@ -36,6 +36,7 @@ def test_f1_of_words() -> None:
     assert rouge_l("a b", "a b c d e f") == 2 * 2 / 8
     assert rouge_l("", "a") == rouge_l("a", "") == rouge_l("!?", "a") == 0.0
     assert rouge_l("Größe 日本", "größe 日本") == 1.0
+    assert rouge_l("🙂 !", "🙂!") == 1.0 and rouge_l("!", "?") == rouge_l("a", "?") == rouge_l("", "") == 0.0
 
 
 def test_the_same_as_the_package_says() -> None:
